@@ -147,14 +147,15 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--algorithm", dest="model", action=ModelPart, help="algorithm of an aligned model, with --seed"
     )
-    parser.add_argument("--seed", dest="model", action=ModelPart, help="seed of an aligned model, after --algorithm")
+    parser.add_argument("--seed", dest="model", action=ModelPart, help="seed of an aligned model")
 
 
 class ModelPart(Action):
     """Join `--algorithm grpo --seed 0` to the model `grpo-0`."""
 
     def __call__(self, parser: ArgumentParser, args: Namespace, value: Any, option: str | None = None) -> None:
-        args.model = f"{args.model}-{value}" if args.model else str(value)
+        parts = [str(value), args.model] if args.model.isdecimal() else [args.model, str(value)]
+        args.model = "-".join(filter(None, parts))
 
 
 def variant(args: Namespace) -> str:

@@ -25,6 +25,7 @@ from posttrain.models.folders import load_encoder, load_policy, save_model
 from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
+from posttrain.text import shortened as shown
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,15 @@ class Model:
             raise ModelError(
                 "save: the model holds an adapter that is not merged; merge it first: peft's merge_and_unload()"
             )
-        if (path.exists() and not path.is_dir()) or (
-            path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists()
-        ):
+        try:
+            taken = path.exists() and (
+                not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists())
+            )
+        except OSError as error:
+            raise ModelError(
+                f"save: {shown(str(path))} cannot be used ({error.strerror}); name another folder"
+            ) from error
+        if taken:
             raise ModelError(
                 f"{path}: is there already and is no model folder, so it is not replaced; give a new folder"
             )

@@ -208,10 +208,10 @@ def check_golds(name: str, function: Any, golds: Sequence[Any]) -> None:
             )
 
 
-def check_prompt(encoder: TextEncoder, prompt: Any, place: str) -> tuple[int, ...]:
+def check_prompt(encoder: TextEncoder, prompt: Any, place: str, tools: list[Any] | None = None) -> tuple[int, ...]:
     """Return the ids of a prompt. Raises DataError if it is no text and no messages, has no tokens, or leaves no room for an answer."""
     _check_text(prompt, place)
-    ids = tuple(encoder.prompt(prompt, row=place))
+    ids = tuple(encoder.prompt(prompt, tools, place))
     if not ids:
         raise DataError(
             f"{place} has no tokens, so the first token of the answer has no context; give a text that is not empty"

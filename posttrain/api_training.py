@@ -48,7 +48,7 @@ from posttrain.api_run import Run
 from posttrain.api_surroundings import check_trainable, in_training, usual_torch
 from posttrain.api_tokens import answers_of
 from posttrain.data.teacher_prompts import SELF, require_template, teacher_ids
-from posttrain.data.tokens import require_context, require_same_vocabulary
+from posttrain.data.tokens import require_context, require_same_vocabulary, row_tools
 from posttrain.errors import ConfigError, ModelError, NotFiniteError
 from posttrain.models.causal import check_policy
 from posttrain.models.policy import Policy
@@ -309,5 +309,5 @@ def _on_policy(
 
 def _problem(model: Model, row: Mapping[str, Any], number: int, template: str | None, longest: int) -> Problem:
     columns = {name: value for name, value in row.items() if name != "prompt"}
-    ids = check_prompt(model.encoder, row["prompt"], f"rows, row {number}: prompt")
+    ids = check_prompt(model.encoder, row["prompt"], f"rows, row {number}: prompt", row_tools(dict(row)))
     return Problem(row["prompt"], ids, columns, number, teacher_ids(model.encoder, template, row, longest))

@@ -10,8 +10,9 @@ import pytest
 import posttrain as pt
 from posttrain.algorithms import choose
 from posttrain.api_arguments import checked
-from posttrain.api_rows import labelled_rows, preference_rows, supervised_rows
+from posttrain.api_rows import check_prompt, labelled_rows, preference_rows, supervised_rows
 from posttrain.errors import ConfigError, DataError
+from tests.data.test_conversations import CHATML, OPEN, encoder
 from tests.test_library_arguments import PAIRS, ROWS, SMALL, lengths, model, train
 
 __all__ = ["model"]
@@ -183,3 +184,17 @@ def test_pairs_whose_scores_teach_nothing_are_refused(
     rows = [pair | {"chosen_score": high, "rejected_score": low} for high, low in scores]
     with pytest.raises(DataError, match=message):
         train(model, algorithm, rows)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_an_answer_is_sampled_after_a_prompt_with_the_tools_of_its_row() -> None:
+    enc = encoder("{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML + OPEN)
+    without, offered = (check_prompt(enc, ASKED, "row 0", tools) for tools in (None, TOOLS))
+    assert "weather" in enc.tokenizer.decode(offered)
+    assert offered[-len(without) :] == without
+    with pytest.raises(DataError, match="leaves out 'weather' of the conversation's tools"):
+        train(pt.tiny(seed=0, **SMALL), "grpo", [{"prompt": ASKED, "tools": TOOLS}], reward=lengths, steps=1)
+    with pytest.raises(DataError, match="offers tools, and its prompt is plain text"):
+        train(pt.tiny(seed=0, **SMALL), "sft", [{"prompt": "a", "completion": "b", "tools": TOOLS}], steps=1)

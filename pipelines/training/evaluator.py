@@ -141,10 +141,11 @@ def second_task_prompts(
     Raises:
         ConfigError: the task has several turns, the options do not fit it, or a prompt leaves no room for an answer.
     """
+    from posttrain.data.tokens import row_tools
     from posttrain.environments.base import single_turn_rows
 
     rows = single_turn_rows(task.source, task.rows, settings.seed, task.options, "evaluation.second_task")
-    prompts = [tuple(encoder.prompt(row["prompt"])) for row in rows]
+    prompts = [tuple(encoder.prompt(row["prompt"], row_tools(row))) for row in rows]
     longest = max(map(len, prompts))
     if longest + settings.max_new_tokens > encoder.max_length:
         raise ConfigError(

@@ -78,6 +78,7 @@ class TextEncoder:
     def prompt(self, prompt: Text, tools: list[Any] | None = None, row: str = "") -> list[int]:
         """Return the ids of a prompt, ready for a response to follow."""
         if isinstance(prompt, str):
+            _require_turns(tools, row)
             ids = list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
             # some tokenizers close every text with special tokens; no response may follow them
             ids = ids[: len(ids) - self._closing]
@@ -132,7 +133,7 @@ class TextEncoder:
         if isinstance(prompt, str) and isinstance(completion, str):
             if train_on == "marked":
                 raise DataError(f"row {row}: is plain text, which has no marks; set sft.train_on: completion")
-            return Tokens(tuple(self.prompt(prompt)), tuple(self.completion(completion, row)), row)
+            return Tokens(tuple(self.prompt(prompt, tools, row)), tuple(self.completion(completion, row)), row)
         text, spans = self.template.spans(
             as_messages(prompt, "user"), as_messages(completion, "assistant"), tools, train_on, row
         )
@@ -190,6 +191,15 @@ class TextEncoder:
         """Return the text of response ids as it was sampled, with special tokens such as `<think>`; only the end is cut off."""
         shown = list(ids[:-1]) if ids and ids[-1] in self.ends else list(ids)
         return str(self.tokenizer.decode(shown, skip_special_tokens=False))
+
+
+def _require_turns(tools: list[Any] | None, row: str) -> None:
+    """Raise DataError for plain text that offers tools: only a chat template shows them."""
+    if tools:
+        raise DataError(
+            f"{row_name(row)}: offers tools, and its prompt is plain text, so the model would not see them; write the prompt as messages,"
+            " or leave the tools out"
+        )
 
 
 def table_tokens(

@@ -18,13 +18,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, ConfigError
 from posttrain.files import replace, sync
 from posttrain.training.sharded_checkpoint import FOLDER, file_digest, main_group, marked, outcomes, split, write
 
@@ -32,14 +33,21 @@ from posttrain.training.sharded_checkpoint import FOLDER, file_digest, main_grou
 class Checkpoints:
     """Checkpoints of one run, in a folder that is specific to its parameters, inputs and code."""
 
-    def __init__(self, folder: Path, keep: int = 2, name: str = "step", writes: bool = True) -> None:
+    def __init__(self, folder: str | Path, keep: int = 2, name: str = "step", writes: bool = True) -> None:
         """Open the folder.
 
         Args:
             keep: number of checkpoints to keep.
             writes: False for all but one of the processes that train together; all of them read.
+
+        Raises:
+            ConfigError: the folder is no path, or no checkpoint would be kept.
         """
-        self.folder, self.keep, self.name, self.writes = folder, keep, name, writes
+        if not isinstance(folder, str | PathLike) or not isinstance(keep, int) or keep < 1:
+            raise ConfigError(
+                f"Checkpoints: folder = {folder!r} and keep = {keep!r}; give the path of a folder, and keep at least 1 checkpoint"
+            )
+        self.folder, self.keep, self.name, self.writes = Path(folder), keep, name, writes
         self._writing: tuple[int, Future[dict[str, str]]] | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
@@ -54,9 +62,9 @@ class Checkpoints:
         plain, shared = split(dict(state))
         partial, final = self.folder / f"partial-{step:08d}", self._final(step)
         if self.writes:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
             with self._reported(step):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
                 torch.save(plain, partial / "state.pt")
                 sync(partial / "state.pt")
         if shared:

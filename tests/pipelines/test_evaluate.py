@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipelines.commands.lookahead import problems
 from pipelines.config.params import load_params
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.config.second_task_schema import SecondTask
-from pipelines.evaluate import answers_not_found, summary, without_interval
+from pipelines.evaluate import answers_not_found, arguments, summary, without_interval
 from pipelines.runtime.measures import GREEDY, SAMPLED
 from pipelines.tracking.describe import _share
 from pipelines.training.evaluator import SecondTaskSettings, second_task_measures, second_task_prompts
@@ -181,3 +182,10 @@ def test_a_second_task_is_checked_by_configure_and_plan(section: dict[str, objec
     assert line.startswith(f"evaluation.second_task.source = {section['source']!r}: ")
     assert said in line
     assert problems(params) == []
+
+
+@pytest.mark.parametrize("given", ["--algorithm grpo --seed 0", "--seed 0 --algorithm grpo", "--model grpo-0"])
+def test_algorithm_and_seed_name_a_model_in_any_order(given: str) -> None:
+    parser = ArgumentParser()
+    arguments(parser)
+    assert parser.parse_args(given.split()).model == "grpo-0"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, ConfigError
 from posttrain.training.checkpoint import Checkpoints, _manifest
 from posttrain.training.randomness import random_state, set_random_state
 from posttrain.training.sharded_checkpoint import file_digest
@@ -84,6 +84,15 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "step-00000003").write_text("a file where a folder must go")
     with pytest.raises(CheckpointError, match="cannot write checkpoint"):
         Checkpoints(tmp_path).save(3, {"value": 3})
+
+
+def test_a_folder_may_be_text_and_what_keeps_nothing_is_refused(tmp_path: Path) -> None:
+    assert Checkpoints(str(tmp_path)).save(1, {}).parent == tmp_path
+    with pytest.raises(ConfigError, match=r"keep = 0; .* at least 1 checkpoint"):
+        Checkpoints(tmp_path, keep=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*: .* Not a directory"):
+        Checkpoints(tmp_path / "file" / "inside").save(1, {})
 
 
 def test_a_checkpoint_of_a_gpu_is_read_on_a_machine_without_one(tmp_path: Path) -> None:
