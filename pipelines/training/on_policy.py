@@ -81,6 +81,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     trained, _ = split_problems(read_table("problems"), params.best_checkpoint)
     training_problems = problems(encoder, trained, section.teacher_prompt, most)
     longest = max(len(problem.teacher_ids or problem.ids) for problem in training_problems) + most
+    check_critic(spec, encoder, longest)
     reference = _teacher(section.teacher, encoder, longest, device) or _reference(made, start, device)
     engine = sampling_engine(
         context, budget, policy.lm, encoder, start, training_problems, device, version=lambda: trainer.updates
@@ -159,6 +160,12 @@ def _policy(spec: OnPolicy, start: str, deferred: bool) -> Policy:
         load_encoder(REWARD), load_encoder(start), "critic_start: reward, the reward model's tokenizer"
     )
     return Policy(lm, critic=mean_head(load_scorer(REWARD, deferred)))
+
+
+def check_critic(spec: OnPolicy, encoder: TextEncoder, longest: int) -> None:
+    """Raise ConfigError if a critic that starts from the reward model cannot read the longest prompt with its answer."""
+    if spec.has_critic and spec.critic != "shared" and spec.critic_start == "reward":
+        require_context(load_encoder(REWARD), encoder, longest, "critic_start: reward, the reward model,")
 
 
 def make_policy(spec: OnPolicy, params: AlignParams, start: str, deferred: bool = False) -> TrainableModel[Policy]:

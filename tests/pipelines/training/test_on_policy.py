@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.on_policy import _policy
+from pipelines.training.on_policy import _policy, check_critic
 from posttrain.algorithms.ppo import PPO
 from posttrain.data.batches import collate
-from posttrain.models.folders import save_model
+from posttrain.errors import ConfigError
+from posttrain.models.folders import load_encoder, save_model
 from posttrain.models.inference import token_logprobs
 from posttrain.models.tiny import byte_tokenizer, tiny_model
 from tests.models import small
@@ -48,3 +50,16 @@ def test_a_critic_starts_from_the_reward_model_or_from_the_supervised_one_with_a
     assert values_with_graph is not None
     (values_with_graph - 1.0).square().sum().backward()
     assert from_sft.critic.score.weight.grad.abs().min() > 0
+
+
+def test_a_critic_that_cannot_read_the_longest_answer_is_refused(models: dict[str, Any]) -> None:
+    config = Path("models/reward/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 16}))
+    own = load_encoder("models/sft")
+    for spec in (replace(PPO, critic_start="sft"), replace(PPO, critic="shared", critic_start="reward")):
+        check_critic(spec, own, 17)
+    check_critic(replace(PPO, critic_start="reward"), own, 16)
+    with pytest.raises(
+        ConfigError, match="the reward model, reads at most 16 tokens, and prompt and answer have up to 17"
+    ):
+        check_critic(replace(PPO, critic_start="reward"), own, 17)
