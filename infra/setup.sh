@@ -84,7 +84,7 @@ SKIPPED+='|transformers/(cli|exporters|pipelines)/)'
 compile_packages() {
     local packages
     packages="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    "$VENV/bin/python" -m compileall -qq -j 0 -x "$SKIPPED" "$packages" || true
+    "$VENV/bin/python" -m compileall -qq -j 0 -x "$SKIPPED" "$packages" flows infra pipelines posttrain tasks || true
 }
 
 with_pip() {

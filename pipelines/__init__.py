@@ -23,3 +23,8 @@ if sys.argv[0] == "-m":  # `python -m pipelines.NAME`, before NAME is imported
         from pipelines.runtime.command_line import end_without_threads
 
         end_without_threads(error)
+
+    if "POSTTRAIN_WARM" in os.environ and "DVC_STAGE" in os.environ:
+        from pipelines.runtime.early import hand_over
+
+        hand_over()

@@ -9,6 +9,7 @@ the machine, unless report.currency is wall_time; times and memory are on a sepa
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +62,8 @@ def run(run: Run) -> None:
     for picture in sorted(FOLDER.glob("*.png")):
         run.outputs.artifact(picture.name).write_bytes(picture.read_bytes())
     run.outputs.artifact("report.html").write_bytes((FOLDER / "index.html").read_bytes())
-    write_costs(Path())
+    if "POSTTRAIN_FLOW_RUN" not in os.environ:  # a flow writes the page at its end, with the times of all its stages
+        write_costs(Path())
 
 
 def ranking(results: Results, comparison: Comparison) -> str:

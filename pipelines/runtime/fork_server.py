@@ -30,8 +30,10 @@ AHEAD = (
     "transformers",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
     "accelerate",
-    "pydantic",
+    # `import pydantic` leaves its classes for the first use
+    "pydantic.main",
     "ruamel.yaml",
     # pyarrow.parquet imports pyarrow.dataset, which imports pandas
     "pandas",

@@ -1,0 +1,31 @@
+"""Hand a stage's command over to the fork server before its module, with the types of all parameters, is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+from pipelines.runtime.fork_server import run_in_fork_server
+from pipelines.runtime.process import GRACE_SECONDS, up_to_dvc
+from posttrain.guard import end_with
+
+STAGE_MODULE = re.compile(r"pipelines\.[a-z_]+")
+
+
+def hand_over() -> None:
+    """Run the command of a DVC stage in the flow's fork server and exit with its status.
+
+    Returns if no server answers, or if a launcher starts the stage as several processes.
+    """
+    words = sys.orig_argv[1:]
+    several = os.environ.get("POSTTRAIN_ACCELERATE", "").strip() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several or "-m" not in words:
+        return
+    module, *arguments = words[words.index("-m") + 1 :]
+    if not STAGE_MODULE.fullmatch(module):
+        return
+    end_with(up_to_dvc(), GRACE_SECONDS)
+    status = run_in_fork_server(module, arguments)
+    if status is not None:
+        sys.exit(status)
