@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import lru_cache
 
 from posttrain.environments.numbers import parse_number
 from posttrain.rewards import chinese
@@ -181,8 +182,12 @@ _QUOTED = re.compile(r"^[ \t]*>[ \t]?", re.MULTILINE)
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,/]|\.\d{3})")
 
 
+@lru_cache(128)
 def cleaned(text: str) -> str:
-    """Return the text with each spelling of digits, signs and separators replaced by the usual one."""
+    """Return the text with each spelling of digits, signs and separators replaced by the usual one.
+
+    A judge asks for the same text up to six times; each time takes fifty passes over it.
+    """
     for old, new in _CLEAN:
         text = text.replace(old, new)
     if not text.isascii():
