@@ -74,7 +74,7 @@ class NarrowLayer:
             return output
         if not isinstance(output, Tensor):
             raise TypeError(f"{type(module).__name__} returns more than hidden states")
-        return output.new_zeros(1, self.count, output.shape[2]).index_copy(1, self.tokens, output)
+        return output.new_zeros(1, self.count, output.shape[2]).index_copy_(1, self.tokens, output)
 
     def remove(self) -> None:
         for handle in self.handles:

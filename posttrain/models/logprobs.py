@@ -4,6 +4,9 @@ The softmax is computed online over tiles of tokens x vocabulary that stay in th
 Cross-Entropy (2411.09009), which keeps the tiles in GPU shared memory. The backward pass computes each tile again from the saved
 normaliser log sum exp, so that each part of the head's gradient is written once.
 
+A small vocabulary fits into one tile of words on a CPU. Then there is no running softmax, and the probabilities are kept for the backward
+pass if they are few.
+
 Example:
     A head of zeros over 4 words gives each of them probability 1/4:
 
@@ -24,6 +27,8 @@ from torch.nn.functional import linear
 
 TILE_ELEMENTS, TILE_WORDS = 2**21, 4096
 """Most logits of a tile on a CPU (8 MiB of float32), and most words of the vocabulary in a tile, which stays in cache."""
+ROW_ELEMENTS, KEPT_ELEMENTS = 2**18, 2**22
+"""Most logits of a tile with all words of a small vocabulary on a CPU (1 MiB), and most probabilities kept (16 MiB)."""
 DEVICE_TILE_ELEMENTS = 2**27
 """Most logits of a tile on a GPU (512 MiB of float32). Each tile starts about 25 kernels, so tiles are as large as memory allows."""
 
@@ -49,8 +54,60 @@ def selected_logprobs(
     """
     kind = hidden.device.type
     product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, bias, targets, temperature, product)
+    function = _OfWholeRows if kind == "cpu" and len(weight) <= TILE_WORDS else _SelectedLogprobs
+    logprobs, entropy = function.apply(hidden, weight, bias, targets, temperature, product)
     return logprobs, entropy
+
+
+class _OfWholeRows(torch.autograd.Function):
+    """Autograd function for tiles that hold all words: the same derivatives as `_SelectedLogprobs`."""
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float | Tensor,
+        product: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        head = _Head(hidden, weight, bias, temperature, product, ROW_ELEMENTS)
+        words, kept = slice(0, len(weight)), list[Tensor]()
+        keeps = len(hidden) * len(weight) <= KEPT_ELEMENTS
+        logprobs, entropy = (torch.empty(len(hidden), dtype=head.wide) for _ in range(2))
+        for rows in head.rows:
+            every = head.logits(rows, words).log_softmax(-1)
+            logprobs[rows] = every.gather(-1, targets[rows, None])[:, 0]
+            probabilities = every.exp()
+            entropy[rows] = torch.linalg.vecdot(probabilities, every).neg_()
+            kept += [probabilities] if keeps else []
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, *kept)
+        ctx.temperature, ctx.product = temperature, product
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, entropy, *kept = ctx.saved_tensors
+        head, words = _Head(hidden, weight, bias, ctx.temperature, ctx.product, ROW_ELEMENTS), slice(0, len(weight))
+        gradients = _HeadGradients(ctx, head, hidden, weight, bias)
+        scale, bonus = _scales(grad_logprobs, grad_entropy, ctx.temperature, entropy)
+        for number, rows in enumerate(head.rows):
+            probabilities = kept[number] if kept else head.logits(rows, words).softmax(-1)
+            factor = -scale[rows, None]
+            if bonus is not None:
+                # p log p is 0 at p = 0
+                found = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+                factor = factor - bonus[rows, None] * (found + entropy[rows, None])
+            # [tokens, words]: scale * (onehot - p)
+            grad_logits = probabilities * factor
+            grad_logits.scatter_add_(-1, targets[rows, None], scale[rows, None])
+            gradients.add(grad_logits, rows, words)
+        return gradients.of_inputs()
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -103,13 +160,8 @@ class _SelectedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         head = _Head(hidden, weight, bias, ctx.temperature, ctx.product)
-        grad_hidden = torch.zeros_like(hidden, dtype=head.wide)
-        grad_weight = torch.zeros_like(weight, dtype=head.wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=head.wide) if bias is not None and ctx.needs_input_grad[2] else None
-        scale = (torch.zeros_like(normaliser) if grad_logprobs is None else grad_logprobs / ctx.temperature).to(
-            head.wide
-        )
-        bonus = None if grad_entropy is None else (grad_entropy / ctx.temperature).to(head.wide)
+        gradients = _HeadGradients(ctx, head, hidden, weight, bias)
+        scale, bonus = _scales(grad_logprobs, grad_entropy, ctx.temperature, entropy)
         # words outside, rows inside: a slice of the head's gradient stays in cache until all rows have been added to it
         for words in head.words:
             for rows in head.rows:
@@ -122,21 +174,50 @@ class _SelectedLogprobs(torch.autograd.Function):
                     grad_logits.exp_().mul_(-factor)
                 inside, column = _within(targets[rows], words)
                 grad_logits.scatter_add_(-1, column, (scale[rows] * inside)[:, None])
-                if grad_bias is not None:
-                    grad_bias[words] += grad_logits.sum(0)
-                # the bias is summed in float32 before the products round to autocast's dtype
-                narrow = grad_logits.to(ctx.product)
-                grad_hidden[rows] += narrow @ head.weight[words]
-                if grad_weight is not None:
-                    grad_weight[words] += narrow.T @ head.hidden[rows]
-        return (
-            grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+                gradients.add(grad_logits, rows, words)
+        return gradients.of_inputs()
+
+
+def _scales(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, temperature: float | Tensor, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of log-probabilities and entropy, both [tokens], with respect to logits before the temperature."""
+    scale = torch.zeros_like(like) if grad_logprobs is None else (grad_logprobs / temperature).to(like.dtype)
+    return scale, None if grad_entropy is None else (grad_entropy / temperature).to(like.dtype)
+
+
+class _HeadGradients:
+    """The gradients of the head's input, matrix and bias, summed over tiles."""
+
+    def __init__(self, ctx: Any, head: _Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.head, self.dtypes = head, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        self.hidden = torch.zeros_like(hidden, dtype=head.wide)
+        self.weight = torch.zeros_like(weight, dtype=head.wide) if ctx.needs_input_grad[1] else None
+        self.bias = torch.zeros_like(bias, dtype=head.wide) if bias is not None and ctx.needs_input_grad[2] else None
+
+    def add(self, grad_logits: Tensor, rows: slice, words: slice) -> None:
+        """Add the gradients of one tile of logits [tokens, words]."""
+        head = self.head
+        if self.bias is not None:
+            self.bias[words] += grad_logits.sum(0)
+        # the bias is summed in float32 before the products round to autocast's dtype
+        narrow = grad_logits.to(head.product)
+        _add_product(self.hidden[rows], narrow, head.weight[words])
+        if self.weight is not None:
+            _add_product(self.weight[words], narrow.T, head.hidden[rows])
+
+    def of_inputs(self) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all inputs, in the dtypes of the inputs."""
+        sums = (self.hidden, self.weight, self.bias)
+        cast = [None if each is None else each.to(dtype) for each, dtype in zip(sums, self.dtypes, strict=True)]
+        return *cast, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _slices(length: int, most: int) -> list[slice]:
@@ -153,15 +234,23 @@ class _Head:
     """The head's matrix and its input, in the dtype of the matrix products."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, product: torch.dtype
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float | Tensor,
+        product: torch.dtype,
+        most_elements: int | None = None,
     ) -> None:
+        self.product = product
         self.hidden, self.weight = hidden.to(product), weight.to(product)
         self.bias = None if bias is None else bias.to(product)
         self.temperature = temperature
         self.wide = torch.promote_types(product, torch.float32)
         elements, words = tile_limits(hidden.device.type)
         most_words = min(len(weight), words)
-        self.words, self.rows = _slices(len(weight), most_words), _slices(len(hidden), elements // most_words)
+        most_rows = max(1, (most_elements or elements) // most_words)
+        self.words, self.rows = _slices(len(weight), most_words), _slices(len(hidden), most_rows)
 
     def logits(self, rows: slice, words: slice) -> Tensor:
         """Return one tile of logits [tokens, words], divided by the temperature."""

@@ -45,6 +45,7 @@ from posttrain.models.context import (
     padded_length,
     tokens_for_heads,
 )
+from posttrain.models.fused import fuse
 from posttrain.models.kernels import Scores, attention
 from posttrain.models.last_layer import narrow_last_layer
 from posttrain.models.reach import SMALL_WINDOW, find_reach, probe_ids, shrunk
@@ -109,7 +110,7 @@ def _over_parts(found: Parts, query: Tensor, key: Tensor, value: Tensor, scores:
     if order is None:
         return attended
     every = attended.new_empty if len(order) == len(query) else attended.new_zeros
-    return every(shape).index_copy(0, order, attended)
+    return every(shape).index_copy_(0, order, attended)
 
 
 def _shared(split: Split, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
@@ -198,6 +199,7 @@ def prepare(model: PreTrainedModel) -> bool:
         return False
     batch = collate(PROBE).to(model.device)
     own = _probed(model, batch, _padded)
+    fuse(model)
     model.set_attn_implementation(NAME)
     try:
         packs = _agree(_probed(model, batch, _packed), own)

@@ -166,4 +166,4 @@ def _wide(values: Tensor) -> Tensor:
 
 def _scatter(values: Tensor, batch: TokenBatch) -> Tensor:
     """Return the values of the trained tokens as [batch, time], 0 elsewhere."""
-    return values.new_zeros(batch.mask.numel()).index_copy(0, batch.trained, values).view(batch.mask.shape)
+    return values.new_zeros(batch.mask.numel()).index_copy_(0, batch.trained, values).view(batch.mask.shape)
