@@ -15,8 +15,8 @@ Example:
 
 from __future__ import annotations
 
-import sys
-from types import CodeType, FunctionType, MethodType
+from functools import cache
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -32,30 +32,53 @@ def fuse(model: nn.Module) -> int:
     """Give the norms and attentions of `model` faster functions with the same results. Return how many modules have got one."""
     changed = 0
     for module in model.modules():
-        forward = type(module).forward
-        if "forward" in vars(module):
-            continue
-        if _same_code(forward, llama.LlamaRMSNorm.forward):
-            module.forward = MethodType(_normalised, module)
-            changed += 1
-        elif _rotates_as_llama(forward):
-            # the attention's own code, which finds a different rotation under the same name
-            replaced = {**forward.__globals__, ROTATION: rotated_pair}
-            own = FunctionType(forward.__code__, replaced, forward.__name__, forward.__defaults__, forward.__closure__)
-            own.__kwdefaults__ = forward.__kwdefaults__
-            module.forward = MethodType(own, module)
+        faster = _faster(type(module))
+        if faster is not None and "forward" not in vars(module):
+            # a class, because a function that refers to its own module would keep a deleted model in memory
+            module.__class__ = faster
             changed += 1
     return changed
+
+
+@cache
+def _faster(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Return a class of the same name with a faster forward function, or None."""
+    if _same_code(kind.forward, llama.LlamaRMSNorm.forward):
+        return _with_forward(kind, _norm_of(kind))
+    if _rotates_as_llama(kind.forward):
+        return _with_forward(kind, _rotating(kind.forward))
+    return None
+
+
+def _with_forward(kind: type[nn.Module], forward: Any) -> type[nn.Module]:
+    own = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), own)
+
+
+def _norm_of(kind: type[nn.Module]) -> Any:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if _takes(hidden_states, self.weight):
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        own: Tensor = kind.forward(self, hidden_states)
+        return own
+
+    return forward
+
+
+def _rotating(forward: FunctionType) -> FunctionType:
+    """Return an attention's own forward function, which finds a different rotation under the same name."""
+    known = {**forward.__globals__, ROTATION: rotated_pair}
+    own = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return own
 
 
 def _rotates_as_llama(forward: Any) -> bool:
     """Return True if a module's forward function calls a rotation that is the same function as Llama's."""
     if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
         return False
-    known = vars(sys.modules[forward.__module__])
-    return _same_code(known.get(ROTATION), llama.apply_rotary_pos_emb) and _same_code(
-        known.get("rotate_half"), llama.rotate_half
-    )
+    pairs = ((ROTATION, llama.apply_rotary_pos_emb), ("rotate_half", llama.rotate_half))
+    return all(_same_code(forward.__globals__.get(name), function) for name, function in pairs)
 
 
 def _same_code(function: Any, other: Any) -> bool:
@@ -70,17 +93,8 @@ def _code(code: CodeType) -> tuple[Any, ...]:
 def _takes(states: Tensor, other: Tensor) -> bool:
     """Return True if the functions here compute these tensors: float32 of a CPU, which neither a compiler nor processes split."""
     plain = type(states) is Tensor and type(other) in (Tensor, nn.Parameter)
-    return plain and states.device.type == "cpu" and states.dtype == other.dtype == torch.float32 and not _compiles()
-
-
-def _compiles() -> bool:
-    return torch.compiler.is_compiling()
-
-
-def _normalised(module: Any, hidden_states: Tensor) -> Tensor:
-    if not _takes(hidden_states, module.weight):
-        return type(module).forward(module, hidden_states)  # type: ignore[no-any-return]
-    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    wide = states.dtype == other.dtype == torch.float32
+    return plain and wide and states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:

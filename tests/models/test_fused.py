@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -98,6 +99,16 @@ def test_other_dtypes_keep_their_own_code() -> None:
 def test_a_copy_computes_with_its_own_weights() -> None:
     norm, states = LlamaRMSNorm(8), drawn(3, 8)
     fuse(norm)
+    assert type(norm).__name__ == "LlamaRMSNorm"
     copied = copy.deepcopy(norm)
     torch.nn.init.constant_(copied.weight, 2.0)
     assert torch.allclose(copied(states), 2 * norm(states))
+
+
+def test_a_deleted_model_is_freed_without_the_collector() -> None:
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES))
+    layer = model.model.layers[0]
+    fuse(layer)
+    kept = [weakref.ref(module) for module in (layer.input_layernorm, layer.self_attn)]
+    del model, layer
+    assert [reference() for reference in kept] == [None, None]

@@ -86,6 +86,8 @@ def test_fused_log_probabilities_are_those_of_the_whole_table(
     rows, words = tile
     monkeypatch.setattr(logprobs, "TILE_ELEMENTS", rows * min(words, 30))
     monkeypatch.setattr(logprobs, "TILE_WORDS", words)
+    monkeypatch.setattr(logprobs, "ROW_ELEMENTS", rows * 30)
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 0 if rows == 4 else 1000)
     hidden, weight, offset, targets, temperature = of_head(bias=bias)
     temperature = temperature if uniform is None else uniform
     leaves = [hidden, weight, *([offset] if bias else [])]
