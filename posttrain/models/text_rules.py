@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
 PROBE = (
     "It is 5 ,\n\n  so B.",
@@ -42,8 +43,8 @@ def as_written(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> tuple[
 
     Only byte-level tokenizers are read anew: the others have rules in tokenizer_config.json, too, so a difference is only reported.
     """
-    file, backend = Path(source) / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not file.is_file():
+    file, backend = _file(source), getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or file is None:
         return tokenizer, None
     text = file.read_text(encoding="utf-8")
     state = json.loads(text)
@@ -62,6 +63,16 @@ def as_written(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> tuple[
         f"{why}. Everything here keeps the file's rules. In other programs load this folder and models trained from it with"
         " PreTrainedTokenizerFast instead of AutoTokenizer"
     )
+
+
+def _file(source: str | Path) -> Path | None:
+    """Return the tokenizer.json of a folder, or of a hub id from the cache into which its tokenizer was loaded; None without one."""
+    file = Path(source) / "tokenizer.json"
+    if Path(source).exists():
+        return file if file.is_file() else None
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(str(source), "tokenizer.json", local_files_only=True, **missing)
+    return None if found is None else Path(found)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

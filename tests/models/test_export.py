@@ -206,6 +206,17 @@ def test_what_a_gguf_file_cannot_hold_is_refused(config: Any, words: str, tmp_pa
     assert not (tmp_path / "a.gguf").exists()
 
 
+def test_the_rule_of_a_hub_models_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--own--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    made("qwen2").config.save_pretrained(repository / "snapshots" / ("a" * 40))
+    written = counting_tokenizer(pre_tokenizers.ByteLevel(False))
+    written.save_pretrained(repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert load_tokenizer("own/model")("1234 12")["input_ids"] == written("1234 12")["input_ids"]
+
+
 def counting_tokenizer(rule: Any) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer that has learnt numbers as words, with GPT-2's or a different rule of splitting."""
     tokenizer = Tokenizer(models.BPE())
