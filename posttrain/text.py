@@ -3,6 +3,8 @@
 Example:
     >>> nearest("grop", ["grpo", "dpo"])
     "; did you mean 'grpo'? Valid: dpo, grpo"
+    >>> nearest("n\u0303", ["\u00f1"])
+    "; '\xf1' has the same letters in a different Unicode form: copy it. Valid: \xf1"
     >>> normalised("What is  2+2?") == normalised("what is 2+2"), normalised("8-3") == normalised("8+3")
     (True, False)
 """
@@ -30,6 +32,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if not names:
         return "; there is none to choose from"
     same = [one for one in names if one.casefold() == name.strip().casefold()]
+    spelt = [
+        one for one in names if one != name and unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", name)
+    ]
+    if spelt:
+        return f"; {spelt[0]!r} has the same letters in a different Unicode form: copy it. Valid: {', '.join(names)}"
     close = same or difflib.get_close_matches(name.casefold(), names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} Valid: {', '.join(names)}"

@@ -11,12 +11,12 @@ from pipelines.config.checkpoint_schema import BestCheckpointParams
 from pipelines.config.lora_schema import LoraParams
 from pipelines.config.types import (
     Count,
-    Finite,
     LearningRate,
     Momentum,
     Name,
     NonNegative,
     Positive,
+    RewardWeight,
     RulePolicy,
     Section,
     Seed,
@@ -374,7 +374,7 @@ class AlgorithmParams(Section):
     start: StartModel | None = None
     """Override of align.start."""
     options: dict[str, Any] = Field(default_factory=dict)
-    rewards: dict[str, Finite] | None = None
+    rewards: dict[str, RewardWeight] | None = None
     """Weight of each reward; weight 0 measures a reward without training on it."""
     teacher: str | None = None
     """Folder or hub id of the model to distil from, with the same vocabulary, or self: the model before training; only for presets whose

@@ -17,11 +17,14 @@ def _finite(value: float) -> float:
     return value
 
 
+LARGEST_REWARD_WEIGHT = 1e6
+"""Largest size of a reward's weight: from 1e140 on, the squares by which advantages are normalised overflow, and all become 0."""
 Finite = Annotated[float, AfterValidator(_finite)]
 Positive = Annotated[Finite, Field(gt=0)]
 Temperature = Annotated[Finite, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
 LearningRate = Annotated[Finite, Field(gt=0, le=LARGEST_LEARNING_RATE)]
 NonNegative = Annotated[Finite, Field(ge=0)]
+RewardWeight = Annotated[Finite, Field(ge=-LARGEST_REWARD_WEIGHT, le=LARGEST_REWARD_WEIGHT)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Momentum = Annotated[Finite, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]

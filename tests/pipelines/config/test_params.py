@@ -94,6 +94,7 @@ PPO_DROPPING_ALONE = {
             "preferred.ties.0 = False: should be a valid string, and YAML reads this as a truth value; write it in quotes: 'False'",
         ),
         ("sft.optimizer.learning_rate", float("nan"), "must be a finite number"),
+        ("algorithms.grpo.rewards", {"answer": 1e300}, "algorithms.grpo.rewards.answer = 1e+300: should be less than or equal to 1000000"),
         ("sft.optimizer.beta1", 1.0, "should be less than 1"),
         ("project.algorithms", ["grp"], "no section algorithms.grp; did you mean 'grpo'?"),
         ("project.seeds", [0, 0], "must not repeat a value"),
