@@ -182,7 +182,8 @@ def second_task_measures(
     sharing = processes or ONE_PROCESS
     answers = sharing.sample(engine, requests, SamplingSettings(settings.max_new_tokens, 0.0))
     texts = [encoder.text(completion.tokens) for (completion,) in answers]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+    columns = {name: [row.get(name) for row in rows] for name in names}
     batch = RewardBatch([row["prompt"] for row in rows], texts, [], columns)
     judged = sharing.on_rank_0(lambda: judge.score(batch))
     known = [reward for reward in judged if reward is not None]

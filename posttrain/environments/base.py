@@ -24,7 +24,7 @@ from posttrain.api_arguments import require, require_function
 from posttrain.environments.checked import CheckedRows
 from posttrain.environments.parts import Kind, Row
 from posttrain.errors import ConfigError
-from posttrain.text import nearest, one_line
+from posttrain.text import nearest, one_line, shortened
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,19 @@ def single_turn_rows(name: str, count: int, seed: int, options: Mapping[str, Any
     """Return evaluation rows of an environment that has one answer to each prompt. `place` is where it is named, for errors.
 
     Raises:
-        ConfigError: there is no such environment, it has several turns, or its options or number of rows do not fit it.
+        ConfigError: there is no such environment, it has several turns, its options or number of rows do not fit it, or a prompt is no
+            text and no messages.
     """
     found = environment(name)
     if found.step is not None:
         raise ConfigError(f"{place}: {name} has several turns; choose a task with one answer to each prompt")
-    return checked_rows(found, "evaluation", count, seed, options, f"{place}.options")
+    rows = checked_rows(found, "evaluation", count, seed, options, f"{place}.options")
+    for i, row in enumerate(rows):
+        if not isinstance(row["prompt"], str | list) or not row["prompt"]:
+            raise ConfigError(
+                f"{place}: the prompt of row {i} is {shortened(row['prompt'])}; return a text, or messages"
+            )
+    return rows
 
 
 def register(new: Environment) -> Environment:

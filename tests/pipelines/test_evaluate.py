@@ -6,6 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +148,20 @@ def test_pass_at_k_is_left_out_if_no_prompt_has_k_known_answers() -> None:
     found = summary(some, "answer", [1, 2], Resampling(seed=0, resamples=10))
     assert found["pass@1"] == 1.0
     assert "pass@2" not in found
+
+
+def test_rows_of_a_second_task_may_lack_a_column_but_not_a_prompt() -> None:
+    def rows(kind: str, count: int, seed: int, *, bare: bool) -> list[dict[str, Any]]:
+        return [{"prompt": None if bare else "1", "answer": "4", "level": 3}, {"prompt": "2", "answer": "4"}]
+
+    register(Environment("uneven_second", rows, lambda completion, answer: float(answer)))
+    shape = TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1, max_length=32)
+    model, tokenizer = tiny_model(shape, 0)
+    policy, encoder, settings = Policy(model), TextEncoder(tokenizer, 32), SecondTaskSettings(0, 2)
+    task = SecondTask(source="uneven_second", rows=2, options={"bare": False})
+    assert second_task_measures(policy, encoder, task, settings) == {"second_task/accuracy": 4.0}
+    with pytest.raises(ConfigError, match="second_task: the prompt of row 0 is None; return a text"):
+        second_task_measures(policy, encoder, task.model_copy(update={"options": {"bare": True}}), settings)
 
 
 def test_a_second_task_that_is_never_scored_is_an_error() -> None:

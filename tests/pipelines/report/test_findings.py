@@ -219,6 +219,11 @@ def test_a_second_task_is_a_column_if_it_was_measured(tmp_path: Path) -> None:
     page = rendered(tmp_path, comparison, ("dpo", "grpo"), (0, 3))
     assert "which nothing trains on; a fall shows forgetting" in page
     assert "<td>20.0 %</td>" in page
+    for model in results.models:  # of a graded judge
+        model.metrics["second_task/accuracy"] = 10 * levels[model.name]
+    graded = rendered(tmp_path, compare(results, QUESTION), ("dpo", "grpo"), (0, 3))
+    assert "<td>2.000</td>" in graded
+    assert "<td>7.500</td>" in graded
 
 
 def test_a_band_over_seeds_is_the_t_interval_of_their_mean() -> None:
