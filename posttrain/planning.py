@@ -253,7 +253,7 @@ def sampling(
 
     Args:
         offloaded: the moments are in main memory.
-        bf16: matrices are cast once, and the copies kept while answers are sampled, unless weights are split.
+        bf16: keys and values have two bytes, and matrices are cast once and kept while answers are sampled, unless weights are split.
         processes: number of processes that share weights and moments (FSDP2), and the answers.
     """
     from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS
@@ -267,7 +267,7 @@ def sampling(
     return Memory(
         weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes) + cast,
         optimiser=math.ceil(_moments(moment_bits, offloaded, device) * own * trained / processes),
-        cache=tokens * model.cache_per_token,
+        cache=tokens * model.cache_per_token // (2 if bf16 else 1),
         # logits, probabilities, and cumulative probabilities in float64
         logits=min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8),
     )

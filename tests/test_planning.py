@@ -75,6 +75,19 @@ def test_moments_in_8_bits_have_a_scale_for_each_block_of_256() -> None:
     assert training(SIZES, 100, moment_bits=8, device="cuda").temporary == training(SIZES, 100, device="cuda").temporary
 
 
+def test_moments_in_main_memory_take_none_of_a_gpu() -> None:
+    assert training(SIZES, 100, trained=2, offloaded=True, device="cuda").optimiser == 4 * 2000
+    assert sampling(SIZES, 10, 20, 10, trained=1, offloaded=True, device="cuda").optimiser == 0
+    assert training(SIZES, 100, offloaded=True).optimiser == training(SIZES, 100).optimiser
+
+
+def test_sampling_in_bf16_holds_a_cast_of_the_matrices_and_half_of_the_cache() -> None:
+    whole = sampling(SIZES, 10, 20, 10, bf16=True)
+    # all but 50 x 8 numbers of embeddings, which are only looked up, unless they are the head's, too
+    assert (whole.weights, whole.cache) == (4 * 1000 + 2 * 600, 10 * 30 * 32)
+    assert sampling(replace(SIZES, tied=True), 10, 20, 10, bf16=True).weights == 4 * 1000 + 2 * 1000
+
+
 def test_a_base_in_4_bits_has_a_scale_for_each_block_of_64() -> None:
     # of 1000 parameters 640 are kept in 4 bits: 640 x (1/2 + 4/64) bytes; a frozen copy, such as a reward model, is float32
     held = training(SIZES, 100, trained=2, frozen=1, adapter=30, quantised=640)

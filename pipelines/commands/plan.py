@@ -215,7 +215,15 @@ def _alignment(
     # A vLLM server has its cache on its own device.
     here = answers if native else 0
     shared = sharing_processes(configuration())
-    sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, **held)
+    sampled = sampling(
+        model,
+        here,
+        prompt,
+        budget.max_new_tokens,
+        samples=samples,
+        processes=shared,
+        **held | {"bf16": native and compute.bf16},
+    )
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
     memory = training(model, compute.micro_batch_tokens, **held | options)
@@ -230,7 +238,8 @@ def _evaluation(params: Params, model: Sizes, count: int | None) -> Iterator[Pha
     evaluation = params.evaluation
     answers, new_tokens = _times(count, 1 + evaluation.samples_per_prompt), evaluation.max_new_tokens
     at_once = MAX_ROWS if answers is None else answers
-    memory = sampling(model, at_once, params.validation.max_prompt_tokens, new_tokens, frozen=3)
+    bf16, prompt = evaluation.compute.bf16, params.validation.max_prompt_tokens
+    memory = sampling(model, at_once, prompt, new_tokens, frozen=3, bf16=bf16)
     yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory)
 
 

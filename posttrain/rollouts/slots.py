@@ -184,8 +184,10 @@ class SlotLayer(DynamicLayer):
         return keys, values
 
     def enter(self, batches: Sequence[Pair], answers: int) -> None:
-        # keys may be float32 while values are bfloat16, because norms after the projection widen keys
-        entering = [[states.to(pair[1].dtype) for states in pair] for pair in batches]
+        # Rotary embeddings and transformers' cache widen keys and values; products under autocast would narrow all of them in every step.
+        kind = batches[0][1].device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        entering = [[states.to(narrow or pair[1].dtype) for states in pair] for pair in batches]
         columns = list(zip(*entering, strict=True))
         old_prompts, old_answers = self.prompts, self.answers
         self.prompts = [

@@ -12,6 +12,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.rollouts import decoder
+from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from tests.models import small
@@ -68,3 +69,12 @@ def test_what_is_sampled_next_comes_from_the_weights_of_then() -> None:
         for parameter in model.parameters():
             parameter.copy_(parameter.flip(0))
     assert engine.sample(REQUESTS, greedy) != before
+
+
+def test_keys_and_values_are_stored_in_bfloat16() -> None:
+    """Rotary embeddings and transformers' cache widen them: two layers of one head with 8 numbers, keys and values, two bytes each."""
+    for bf16, size in ((False, 4), (True, 2)):
+        decoder = decoder_of(small.language_model(), bf16)
+        assert isinstance(decoder, Decoder)
+        with decoder.decoding():
+            assert decoder.token_bytes() == 2 * 2 * 8 * size
