@@ -215,15 +215,8 @@ def _alignment(
     # A vLLM server has its cache on its own device.
     here = answers if native else 0
     shared = sharing_processes(configuration())
-    sampled = sampling(
-        model,
-        here,
-        prompt,
-        budget.max_new_tokens,
-        samples=samples,
-        processes=shared,
-        **held | {"bf16": native and compute.bf16},
-    )
+    held["bf16"] = native and compute.bf16
+    sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
     memory = training(model, compute.micro_batch_tokens, **held | options)
