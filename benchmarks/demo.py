@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.config.params import load_params
@@ -34,6 +35,24 @@ def group(stage: str) -> str:
     return f"align: {GROUPS.get(item.rpartition('-')[0], 'logged pairs')}" if kind == "align" else kind
 
 
+def alone(above: Mapping[str, Sequence[str]]) -> set[str]:
+    """Return the stages next to which no other one can run: each other one is needed by it, or needs it.
+
+    Example:
+        >>> sorted(alone({"sft": [], "dpo": ["sft"], "grpo": ["sft"], "compare": ["dpo", "grpo"]}))
+        ['compare', 'sft']
+    """
+    needs: dict[str, set[str]] = {}
+
+    def reach(name: str) -> set[str]:
+        if name not in needs:
+            needs[name] = set(above[name]).union(*map(reach, above[name]))
+        return needs[name]
+
+    every = {name: reach(name) for name in above}
+    return {a for a in every if all(a == b or a in every[b] or b in every[a] for b in every)}
+
+
 def table(flow: FlowTime, project: Path) -> str:
     """Return the rows by kind of stage, the longest chain and the bounds, as Markdown."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
@@ -48,10 +67,13 @@ def table(flow: FlowTime, project: Path) -> str:
         expected = expected_work(Path(), read_lock(Path()), load_params(Path("params.yaml")))
     chain, cores = critical_path(expected), available_cores()
     seconds = sum(expected[name].seconds for name in chain)
+    worked = {stage.name: stage.work for stage in flow.ran if stage.name in expected}
+    single = sum(worked[name] for name in alone({name: each.after for name, each in expected.items()}) & worked.keys())
     lines += [
         "",
         f"Flow: {flow.wall:.1f} s on {cores} cores. Longest chain: {', '.join(chain)}: {seconds:.1f} s.",
-        f"All stages, evenly on {cores} cores: {wall / cores:.1f} s; only their work: {work / cores:.1f} s.",
+        f"Work of stages that run alone: {single:.1f} s; that of the others, evenly on {cores} cores: {(work - single) / cores:.1f} s;"
+        f" together {single + (work - single) / cores:.1f} s without any process, import or DVC.",
     ]
     return "\n".join(lines)
 
