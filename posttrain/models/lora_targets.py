@@ -3,6 +3,10 @@
 peft reads the names of some mixtures of experts as those of older checkpoints, in which each expert had linear layers `gate_proj`,
 `up_proj` and `down_proj`, and the router was one named `gate`. These names, and all-linear, then mean the weights of experts and
 routers. Linear layers with the same names, such as those of shared experts, get no adapter.
+
+Example:
+    >>> _short("model.layers.0.mlp.experts.down_proj")
+    'mlp.experts.down_proj'
 """
 
 from __future__ import annotations
