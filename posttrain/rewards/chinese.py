@@ -18,9 +18,9 @@ _NUMBER = re.compile(
     rf"(?P<sign>负?)(?:(?P<half>一半)|百分之(?P<percent>[{_SIGNS}]{{1,8}}(?:点[{_SIGNS}]{{1,8}})?)"
     rf"|(?:(?P<whole>[{_SIGNS}]{{1,16}})又)?(?P<below>[{_SIGNS}]{{1,12}})分之(?P<above>[{_SIGNS}]{{1,12}})"
     rf"|(?P<number>[{_SIGNS}]{{1,24}}?)(?:点(?P<decimals>[{''.join(_DIGITS)}]{{1,12}})(?P<scale>[万亿]?))?)"
-    rf"(?P<noun>(?:{_NO_NOUN}[\u3400-\u9fff](?!半)[\u3400-\u9fff]?)?)"
+    rf"(?P<noun>(?:{_NO_NOUN}[\u3400-\u9fff](?:(?![半以{_SIGNS}多几余比分又到至或和与加减乘除])[\u3400-\u9fff]){{0,3}})?)"
 )
-"""A number in signs and one or two signs of a noun, such as that of `three persons`; after other signs it is a part of something else."""
+"""A number in signs and a noun of up to four signs, such as that of `three persons`; after other signs it is a part of something else."""
 _KILO = "克米瓦卡帕焦赫字"
 """After the sign for thousand: five thousand grams, or five kilograms."""
 _LARGER = "小时|个小时|时|天|年|个月|周|星期|分钟?|元|块|角|公里|千米|米|分米|公斤|千克|斤|吨|尺"
@@ -37,6 +37,8 @@ BEFORE = r"第\s?$|\d\s?(?:[加减減比]|乘以?|除以|[点點月]|\uff1a)\s?$
 BOUND = r"(?<!不)(?:大于|小于|超过|不足|少于|多于|高于|低于|不到|介于)(?:或?等于)?\s?$"
 """Before a number: it is a part of an expression, an ordinal, or a bound."""
 SPELLINGS = (
+    (re.compile(r"正[负負]\s?(?=\d)"), "\u00b1"),
+    (re.compile(r"[负負]\s?(?=\d)"), "-"),
     (re.compile(r"百分之(\d{1,15}(?:\.\d{1,15})?)"), r"\1%"),
     (re.compile(r"(?<=\d)又(\d{1,9})分之(\d{1,9})(?!\d)"), r" \2/\1"),
     (re.compile(r"(?<![\d.])(\d{1,9})分之(\d{1,9})(?!\d)"), r"\2/\1"),

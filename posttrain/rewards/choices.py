@@ -40,7 +40,7 @@ _LETTER = r"[(\[*]{0,3}\b(?:(?i:option|choice)\s)?[A-J]\b[)\]*]{0,3}"
 _ASKED = re.compile(rf"{_LETTER}(?:,?\s(?:or\s)?{_LETTER}){{1,9}}\s?\?")
 """The letters of a question: `A, B, C, or D?`"""
 _OTHER = re.compile(
-    r"\b(?i:vitamin|hepatitis|plan|grade|class|team|type|appendix|figure|point|line|side|angle|set|event)\s[A-J]\b"
+    r"(?:维生素|维他命)\s?[A-J]|\b(?i:vitamin|hepatitis|plan|grade|class|team|type|appendix|figure|point|line|side|angle|set|event)\s[A-J]\b"
     rf"|{_LETTER}\s(?:is|was|seems|looks)\s(?:worse|weaker|poorer|less\s[a-z]{{1,20}})\sthan\b"
     rf"|\b(?i:than|over|beats|outperforms|surpasses|unlike|except(?:\sfor)?|excluding|excludes|ruled?\sout|rejects?|eliminates?)\s{_LETTER}"
     rf"|(?<=[A-J)\]*])\s?(?:>{{1,3}}|\u227b)\s?{_LETTER}|{_LETTER}\s?(?:<{{1,3}}|\u227a)(?=\s?[(\[*]{{0,3}}[A-J]\b)"
@@ -58,7 +58,7 @@ _LABEL = re.compile(
     re.MULTILINE,
 )
 """The label of an option that the text repeats: `(A) 3 (B) 4`."""
-_CHINESE_LIST = r"(?<![A-Za-z])[(\[]?[A-J][)\]]?(?:[、和与或及,]\s?[(\[]?[A-J][)\]]?){0,9}(?![A-Za-z])"
+_CHINESE_LIST = r"(?<![A-Za-z])[(\[]?[A-J][)\]]?(?:[、和与或及%s]\s?[(\[]?[A-J][)\]]?){0,9}(?![A-Za-z])"
 _DENIED = re.compile(
     rf"\b(?:[Nn]ot|cannot|[Nn]either|rather than|instead of)\b(?:\s(?:be|option|choice))?{_ONE}(?:\s?n?or\s{_ONE})?"
     rf"|n['\u2019]t(?:\sbe)?{_ONE}|\b[Nn]either\sis{_ONE}"
@@ -71,8 +71,8 @@ _DENIED = re.compile(
     r"|(?:is|are|was|can\sbe|could\sbe|may\sbe|must\sbe|should\sbe)\s(?:ruled|crossed|eliminated|excluded|rejected|discarded|dismissed|out|impossible)\b)"
     r"[^\n.;,]{0,40}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:isn['\u2019]t|cannot be|can['\u2019]t be)\b[^\n.;,]{0,40}"
-    rf"|(?:不是|不选|不能选|不应选|并非|排除|错选|误选)(?:选项)?\s?{_CHINESE_LIST}(?:选?项)?"
-    rf"|{_CHINESE_LIST}\s?(?:选?项)?[都均也是]{{0,2}}(?:不对|不正确|错误|错|不符合?|不成立|有误|不可能|不满足)"
+    rf"|(?:不是|不选|不能选|不应选|并非|排除|错选|误选)(?:选项)?\s?{_CHINESE_LIST % ','}(?:选?项)?"
+    rf"|{_CHINESE_LIST % ''}\s?(?:选?项)?[都均也是]{{0,2}}(?:不对|不正确|错误|错|不符合?|不成立|有误|不可能|不满足)"
 )
 _REASONED = re.compile(rf"({_LETTER}(?:\s[a-z]{{1,12}}){{0,4}},?)\s(?:since|because)\s[^.;\n]{{0,200}}")
 """The reason for a letter, which may name others: `C is right since D would overflow`."""

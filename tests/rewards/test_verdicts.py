@@ -55,6 +55,9 @@ RIGHT = [
     ("|-7| = 7", "7"), ("7 halves", "3.5"), ("The answer is 7 - a prime", "7"),
     ("**-\\boxed{7}**", "-7"), ("$\\boxed{7}^\\circ$", "7"), ("7 y 8", "8"), ("$7/h", "7"),
     ("The answer is 7. Some say 8. That is wrong.", "7"),
+    ("The answer is one twentieth", "0.05"), ("The answer is 5 twelfths", "5/12"), ("The answer is 1 half", "0.5"), ("two lakh", "200000"),
+    ("\\boxed{2 \\text{ million}}", "2000000"), ("\\boxed{1\\;200}", "1200"), ("The answer is 3 / 4", "0.75"), ("#### -$5", "-5"),
+    ("#### \\frac{1}{2}", "0.5"), ("1 tenth of 50 is 5", "5"), ("\\boxed{\\frac{ 1 }{ 2 }}", "0.5"),
     ("[THINK]6[/THINK]5", "5"), ("The answer is 5\n\nQuestion: What is 3+3?\nAnswer: 6", "5"), ("Question: 2+3?\nAnswer: 5", "5"),
 ]  # fmt: skip
 WRONG = [
@@ -103,6 +106,11 @@ WRONG = [
     ("The answer is 7. Hmm, actually that is wrong.", "7"), ("The answer is |-7|", "-7"),
     *((f"\\boxed{{{text}}}", "7") for text in ("7 + x", "7 \\cdot x", "7 \\sqrt x", "7 y", "\\frac{7}{1}x", "\\lfloor 7.5 \\rfloor", "7x")),
     ("\\boxed{\\lceil 7 \\rceil}", "7.5"), ("7 halves", "7"),
+    *((f"The answer is {text}", "7") for text in (
+        "seven thirteenths", "7 thirteenths", "seven feet six", "seven below zero", "7 000,5", "7, 8 or 9", "7_{2}", "7^\\circ 30'",
+        "seven in ten", "7{:}30",
+    )),
+    ("\\boxed{7\\text{ hours }30\\text{ minutes}}", "7"),
 ]  # fmt: skip
 LETTERS = [
     ("The answer is not B but C", "C"), ("B is incorrect, C is right", "C"), ("(A) is wrong. (B) is right.", "B"),
@@ -119,6 +127,7 @@ LETTERS = [
     ("I'll go with (B) over (A)", "B"),
     ("A The capital is Paris.", "A"), ("Answer: A Because it fits.", "A"), ("A. Paris", "A"), ("Option A Paris", "A"),
     ("A\nParis is it", "A"),
+    ("A, B and D do not work. C works.", "C"), ("It must be D, as A, B, and C are incorrect.", "D"),
     ("\uff22", "B"), ("B, not A", "B"), ("Both A and B are wrong, so C", "C"), ("A. cats\nB. dogs\nAnswer: B", "B"),
 ]  # fmt: skip
 NO_LETTER = [
