@@ -93,7 +93,7 @@ def _same_names(model: PreTrainedModel, settings: LoraSettings) -> Iterator[str]
         if not isinstance(part, nn.Linear | Conv1D) or part in heads or id(part) in held or ".lora_" in name:
             continue
         wanted = named == "all-linear" if isinstance(named, str) else any(f".{name}".endswith(f".{n}") for n in named)
-        if wanted and name.rpartition(".")[2] != SCORE:
+        if wanted and SCORE not in name.split("."):  # peft wraps a head that is trained whole
             yield _short(f"{name}.weight").removesuffix(".weight")
 
 

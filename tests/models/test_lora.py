@@ -165,6 +165,7 @@ NO_LINEAR = "that are no linear layers get no adapter and stay as they are"
 
 def test_what_an_adapter_does_not_reach_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     Adapter(small.language_model(), SETTINGS)
+    Adapter(small.trunk_with_score(), SETTINGS)  # its head is trained whole
     assert capsys.readouterr().err == ""
     Adapter(mixture("dbrx", **DBRX), SETTINGS)
     assert f"DbrxForCausalLM {NO_LINEAR}: experts.mlp.v1, experts.mlp.w1, experts.mlp.w2\n" in capsys.readouterr().err
