@@ -13,6 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TABLES = (
     "training",
+    "limits",
     "async_grpo",
     "rollouts",
     "logprobs",
