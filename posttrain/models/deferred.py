@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models.checkpointing import without_dropout
+from posttrain.models.ties import untied
 from posttrain.models.weights import FLOATING, weight_files
 
 STORED = "_posttrain_stored"
@@ -54,6 +55,8 @@ def deferred_model(kind: Any, config: PreTrainedConfig, source: str | Path) -> P
     tied = dict(model.named_parameters(remove_duplicate=False))
     persistent = {name for name in model.state_dict() if name not in tied}
     if persistent or not parameters.keys() <= stored.keys() <= tied.keys():
+        return None
+    if untied(model):  # built without values they are not shared, and two stored copies would be trained apart
         return None
     for name, parameter in parameters.items():
         path, shape, dtype = stored[name]

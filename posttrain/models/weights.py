@@ -28,6 +28,7 @@ from posttrain.errors import ModelError
 from posttrain.models.checkpointing import without_dropout
 from posttrain.models.config_faults import config_faults
 from posttrain.models.prefixes import check_spelling, named, wrappers
+from posttrain.models.ties import settle_ties
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 """How safetensors files name the number formats that need no scale."""
@@ -65,6 +66,7 @@ def load_whole(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel
         )
     _check_floating(model, stored, pattern if found else None, source)
     _check_finite(model, source)
+    settle_ties(model, source)
     for name, plain in _PLAIN_OUTPUTS.items():
         if getattr(model.config, name, plain) is not plain:
             setattr(model.config, name, plain)
