@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.errors import ConfigError, ModelError
 
 FLOAT32_BYTES = 4
-UNCOMPILED_STEP = 13.25
-"""Float32 copies of a weight that one step with 8-bit moments holds on a CPU, where torchao's step is not compiled (measured)."""
+UNCOMPILED_STEP, UNCOMPILED_WIDE_STEP = 13.25, 6
+"""Float32 copies of a weight that one step of torchao's AdamW holds on a CPU, where it is not compiled (measured): with moments in 8 bits,
+and for embeddings, whose moments stay in 32 bits."""
 MOMENT_BYTES = {32: 4, 8: 1 + 4 / 256}
 """Bytes of a number of a moment by its bits; in 8 bits, each block of 256 numbers has a float32 scale."""
 AUTOCAST_SHARE = 0.75
@@ -81,6 +82,10 @@ class Sizes:
         """Return the bytes per token if each layer stores only its input, including the layer that is being recomputed."""
         layers = FLOAT32_BYTES * (self.layers * self.hidden + 4 * self.hidden)
         return layers + (self.activations_per_token - FLOAT32_BYTES * 4 * self.hidden) // self.layers
+
+    def prefill_per_token(self, bf16: bool = False) -> int:
+        """Return the bytes per token of one layer's pass without gradient: three tensors of the MLP, and residual, norm and output."""
+        return 3 * (FLOAT32_BYTES // (2 if bf16 else 1) * self.intermediate + FLOAT32_BYTES * self.hidden)
 
     @property
     def cache_per_token(self) -> int:
@@ -212,7 +217,9 @@ def training(
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile
     return Memory(
         weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes, bf16),
-        optimiser=math.ceil((FLOAT32_BYTES + _moments(moment_bits, offloaded, device)) * own * trained / processes),
+        optimiser=math.ceil(
+            trained * (FLOAT32_BYTES * own + _moments(model, adapter, moment_bits, offloaded, device)) / processes
+        ),
         activations=activations,
         logits=logits,
         temporary=0 if adapter is not None else _temporary(model, activations, logits, device, moment_bits),
@@ -228,7 +235,10 @@ def _temporary(model: Sizes, activations: int, logits: int, device: str, moment_
     matrix = FLOAT32_BYTES * model.vocabulary * model.hidden
     at_end = (1 + model.tied) * matrix
     if device == "cpu":
-        return at_end if moment_bits == 32 else max(at_end, math.ceil(UNCOMPILED_STEP * matrix))
+        if moment_bits == 32:
+            return at_end
+        largest = FLOAT32_BYTES * model.hidden * model.intermediate if model.tied else matrix
+        return max(at_end, math.ceil(UNCOMPILED_STEP * largest), UNCOMPILED_WIDE_STEP * matrix)
     return max(matrix, at_end + activations // model.layers - activations - logits)
 
 
@@ -248,34 +258,59 @@ def sampling(
     bf16: bool = False,
     device: str = "cpu",
     processes: int = 1,
+    device_bytes: int | None = None,
 ) -> Memory:
     """Return the memory of sampling `answers`, `samples` per prompt of `prompt` tokens, next to `trained` models with their moments.
+
+    It is the larger of two: that of computing prompts (activations, and their keys and values in float32), and that of drawing tokens.
 
     Args:
         offloaded: the moments are in main memory.
         bf16: keys and values have two bytes, and matrices are cast once and kept while answers are sampled, unless weights are split.
         processes: number of processes that share weights and moments (FSDP2), and the answers.
+        device_bytes: memory of a GPU, whose free part limits the stored tokens as it limits the sampler.
     """
+    from posttrain.rollouts.budget import tokens_in
+    from posttrain.rollouts.decoder import PREFILL_TOKENS
     from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS
 
-    rows = min(math.ceil(answers / processes), MAX_ROWS)
-    tokens = min(math.ceil(rows / samples) * prompt + rows * new_tokens, MAX_TOKENS)
-    own = model.parameters if adapter is None else adapter
     # the matrix of embeddings is looked up, not multiplied, unless it is the head's, too
     multiplied = model.parameters - quantised - (0 if model.tied else model.vocabulary * model.hidden)
     cast = FLOAT32_BYTES // 2 * multiplied if bf16 and processes == 1 else 0
-    return Memory(
+    held = Memory(
         weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes) + cast,
-        optimiser=math.ceil(_moments(moment_bits, offloaded, device) * own * trained / processes),
-        cache=tokens * model.cache_per_token // (2 if bf16 else 1),
-        # logits, probabilities, and cumulative probabilities in float64
-        logits=min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8),
+        optimiser=math.ceil(trained * _moments(model, adapter, moment_bits, offloaded, device) / processes),
     )
+    token_bytes = model.cache_per_token // (2 if bf16 else 1)
+    limit = MAX_TOKENS
+    if device != "cpu" and device_bytes is not None:
+        limit = tokens_in(max(0, device_bytes - held.total), token_bytes)
+    own = math.ceil(answers / processes)
+    rows = min(own, MAX_ROWS)
+    prompts, stored = math.ceil(rows / samples) * prompt, math.ceil(rows / samples) * prompt + rows * new_tokens
+    tokens = min(stored, limit)
+    # later prompts enter next to the answers that are under way
+    before = tokens - min(prompts, tokens) if own > rows or stored > limit else 0
+    computed = min(prompts, max(prompt, PREFILL_TOKENS // max(1, prompt) * prompt), limit)
+    prefill = replace(
+        held,
+        cache=before * token_bytes + min(prompts, tokens) * model.cache_per_token,
+        activations=computed * model.prefill_per_token(bf16),
+    )
+    # logits, probabilities, and cumulative probabilities in float64
+    drawn = min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8)
+    drawing = replace(held, cache=tokens * token_bytes, logits=drawn)
+    return max(drawing, prefill, key=lambda memory: memory.total)
 
 
-def _moments(bits: int, offloaded: bool, device: str) -> float:
-    """Return the bytes of two moments of a weight; a CPU's memory is main memory."""
-    return 0 if offloaded and device != "cpu" else 2 * MOMENT_BYTES[bits]
+def _moments(model: Sizes, adapter: int | None, bits: int, offloaded: bool, device: str) -> float:
+    """Return the bytes of two moments of each trained weight; a CPU's memory is main memory, and embeddings keep float32 moments."""
+    if offloaded and device != "cpu":
+        return 0
+    if adapter is not None:
+        return 2 * MOMENT_BYTES[bits] * adapter
+    wide = model.vocabulary * model.hidden
+    return 2 * (MOMENT_BYTES[bits] * (model.parameters - wide) + FLOAT32_BYTES * wide)
 
 
 def server_share(device_bytes: int, trainer: Memory) -> float:

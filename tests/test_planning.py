@@ -39,15 +39,33 @@ def test_bytes_by_hand() -> None:
     assert (held.weights, held.optimiser) == (4 * 1000 * 3, 3 * 4 * 1000 * 2)
     assert (held.activations, held.logits) == (100 * 1632 * 2, 2 * 4 * 100 * 50)
     assert training(SIZES, 100, bf16=True).activations == 75 * 1632
-    asked = sampling(SIZES, 10, 20, 10, trained=1)
+    asked = sampling(SIZES, 10, 2, 30, trained=1)
     assert (asked.weights, asked.optimiser) == (4 * 1000 * 2, 2 * 4 * 1000)
-    assert (asked.cache, asked.logits) == (10 * 30 * 64, 10 * 50 * 16)
-    assert asked.total == 8000 + 8000 + 19200 + 8000
+    assert (asked.cache, asked.logits) == (10 * 32 * 64, 10 * 50 * 16)
+    assert asked.total == 8000 + 8000 + 20480 + 8000
+    # computing longer prompts needs more: three tensors of the MLP, and residual, norm and output for each token
+    asked = sampling(SIZES, 10, 20, 10, trained=1)
+    assert (asked.cache, asked.activations, asked.logits) == (200 * 64, 200 * 3 * 4 * (16 + 8), 0)
+    narrow = sampling(SIZES, 10, 20, 10, bf16=True)
+    assert (narrow.cache, narrow.activations) == (200 * 64, 200 * 3 * (2 * 16 + 4 * 8))
+    # at most 16,384 tokens at once; answers that do not fit enter later, next to 512 others
+    assert sampling(SIZES, 500, 100, 1).activations == 163 * 100 * 288
+    assert sampling(SIZES, 500, 100, 1).cache == 500 * 100 * 64
+    assert sampling(SIZES, 513, 100, 1).cache == 512 * 101 * 64
     # five answers share a prompt; at most 512 answers and 131,072 tokens are under way, and 16,777,216 logits
     assert sampling(SIZES, 10, 20, 10, samples=5).cache == (2 * 20 + 10 * 10) * 64
     assert sampling(SIZES, 9999, 20, 10, samples=4).cache == (128 * 20 + 512 * 10) * 64
     assert sampling(SIZES, 9999, 1000, 1000).cache == 131_072 * 64
     assert sampling(replace(SIZES, vocabulary=151_936), 9999, 20, 10).logits == 16_777_216 * 16
+
+
+def test_a_gpu_stores_as_many_tokens_as_its_free_memory_holds() -> None:
+    def cached(device_bytes: int) -> int:
+        return sampling(SIZES, 9999, 1000, 1000, device="cuda", device_bytes=device_bytes).cache
+
+    assert cached(2**30) == 512 * 2000 * 64
+    # 70 % of 10 MB next to the weights hold 109,375 tokens; three leading bits of that are 6 x 2^14
+    assert cached(10**7 + 4000) == 6 * 2**14 * 64
 
 
 def test_an_adapter_has_gradients_and_moments_and_its_base_has_none() -> None:
@@ -66,12 +84,15 @@ def test_processes_that_share_rows_divide_activations_and_logits() -> None:
 
 
 def test_moments_in_8_bits_have_a_scale_for_each_block_of_256() -> None:
-    # gradients of 4 bytes, two moments of 1 + 4/256
+    # gradients of 4 bytes, two moments of 1 + 4/256, and of 4 bytes for 50 x 8 embeddings
     held = training(SIZES, 100, trained=2, moment_bits=8)
-    assert held.optimiser == math.ceil((4 + 2 * (1 + 4 / 256)) * 2000) == 12063
-    assert sampling(SIZES, 10, 20, 10, trained=1, moment_bits=8).optimiser == math.ceil(2 * (1 + 4 / 256) * 1000)
-    # on a CPU the step of the embedding, 50 x 8 numbers, holds 13.25 copies of it
+    moments = 2 * ((1 + 4 / 256) * 600 + 4 * 400)
+    assert held.optimiser == math.ceil(2 * (4000 + moments)) == 16838
+    assert sampling(SIZES, 10, 20, 10, trained=1, moment_bits=8).optimiser == math.ceil(moments)
+    assert training(SIZES, 100, adapter=256, moment_bits=8).optimiser == 256 * 4 + 2 * (256 + 4)
+    # on a CPU the step of the head, 50 x 8 numbers, holds 13.25 copies of it, and that of embeddings 6
     assert held.temporary == 13.25 * 4 * 50 * 8 > training(SIZES, 100, trained=2).temporary
+    assert training(replace(SIZES, tied=True), 100, moment_bits=8).temporary == 6 * 4 * 50 * 8
     assert training(SIZES, 100, moment_bits=8, device="cuda").temporary == training(SIZES, 100, device="cuda").temporary
 
 
@@ -82,9 +103,9 @@ def test_moments_in_main_memory_take_none_of_a_gpu() -> None:
 
 
 def test_sampling_in_bf16_holds_a_cast_of_the_matrices_and_half_of_the_cache() -> None:
-    whole = sampling(SIZES, 10, 20, 10, bf16=True)
+    whole = sampling(SIZES, 10, 2, 30, bf16=True)
     # all but 50 x 8 numbers of embeddings, which are only looked up, unless they are the head's, too
-    assert (whole.weights, whole.cache) == (4 * 1000 + 2 * 600, 10 * 30 * 32)
+    assert (whole.weights, whole.cache) == (4 * 1000 + 2 * 600, 10 * 32 * 32)
     assert sampling(replace(SIZES, tied=True), 10, 20, 10, bf16=True).weights == 4 * 1000 + 2 * 1000
 
 

@@ -80,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found:
         raise ConfigError("\n".join(found))
     model = model_sizes(params)
-    planned = [with_runtime(phase) for phase in phases(params, model)]
-    shown = power(params)
     limit = int(args.memory * GIB) if args.memory else device_bytes()
+    planned = [with_runtime(phase) for phase in phases(params, model, limit)]
+    shown = power(params)
     print(page(params, model, planned, limit))
     counted = rows_by_table(params)
     steps = steps_by_stage(params, counted)
@@ -145,13 +145,11 @@ def _options(
     params: Params, compute: TrainingComputeParams, lora: LoraParams | None, optimizer: OptimizerParams
 ) -> dict[str, Any]:
     """Return the options of `posttrain.planning.training` other than the sizes."""
-    import torch
-
     from posttrain.models.context import context_size
 
     return {
         **_adapter(params, lora),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": _device(),
         "moment_bits": optimizer.moment_bits,
         "offloaded": optimizer.offload,
         "bf16": compute.bf16,
@@ -161,8 +159,19 @@ def _options(
     }
 
 
-def phases(params: Params, model: Sizes) -> Iterator[Phase]:
-    """Yield every phase that holds a model, in the order of the DAG; all seeds of an algorithm have the same plan."""
+def _device() -> str:
+    """Return the kind of the device that stages use."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def phases(params: Params, model: Sizes, limit: int | None = None) -> Iterator[Phase]:
+    """Yield every phase that holds a model, in the order of the DAG; all seeds of an algorithm have the same plan.
+
+    Args:
+        limit: bytes of a device, of whose free part a GPU's sampler uses a share.
+    """
     from posttrain.planning import training
 
     longest = params.validation.max_prompt_tokens + params.validation.max_completion_tokens
@@ -179,12 +188,18 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
         memory = training(model, reward.compute.micro_batch_tokens, **options)
         yield Phase("reward", "train", steps["reward"], _times(pairs, 2 * reward.epochs * longest), memory)
     for name in params.project.algorithms:
-        yield from _alignment(params, name, model, steps[f"align@{name}"], pairs, longest)
-    yield from _evaluation(params, model, counted["evaluation"])
+        yield from _alignment(params, name, model, steps[f"align@{name}"], pairs, longest, limit)
+    yield from _evaluation(params, model, counted["evaluation"], limit)
 
 
 def _alignment(
-    params: Params, name: str, model: Sizes, steps: int | None, pairs: int | None, longest: int
+    params: Params,
+    name: str,
+    model: Sizes,
+    steps: int | None,
+    pairs: int | None,
+    longest: int,
+    limit: int | None,
 ) -> Iterator[Phase]:
     """Yield the phases of one algorithm."""
     from posttrain.planning import sampling, training
@@ -216,23 +231,37 @@ def _alignment(
     here = answers if native else 0
     shared = sharing_processes(configuration())
     held["bf16"] = native and compute.bf16
-    sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, **held)
+    sampled = sampling(
+        model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, device_bytes=limit, **held
+    )
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
     memory = training(model, compute.micro_batch_tokens, **held | options)
     yield Phase(stage, "train", steps, budget.steps * spec.epochs * answers * length, memory)
 
 
-def _evaluation(params: Params, model: Sizes, count: int | None) -> Iterator[Phase]:
+def _evaluation(params: Params, model: Sizes, count: int | None, limit: int | None) -> Iterator[Phase]:
     """Yield the phase of the evaluation."""
     from posttrain.planning import sampling
     from posttrain.rollouts.engine import MAX_ROWS
 
     evaluation = params.evaluation
     answers, new_tokens = _times(count, 1 + evaluation.samples_per_prompt), evaluation.max_new_tokens
-    at_once = MAX_ROWS if answers is None else answers
+    samples = max(1, evaluation.samples_per_prompt)  # the greedy answers are sampled before
+    at_once = MAX_ROWS if count is None else count * samples
     bf16, prompt = evaluation.compute.bf16, params.validation.max_prompt_tokens
-    memory = sampling(model, at_once, prompt, new_tokens, frozen=3, bf16=bf16)
+    scored = int(any(params.rewards[source].function == "reward_model" for source in evaluation.rewards))
+    memory = sampling(
+        model,
+        at_once,
+        prompt,
+        new_tokens,
+        samples=samples,
+        frozen=2 + scored,
+        bf16=bf16,
+        device=_device(),
+        device_bytes=limit,
+    )
     yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory)
 
 

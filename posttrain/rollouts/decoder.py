@@ -123,7 +123,7 @@ class Decoder:
             for part in (run[i : i + at_once] for i in range(0, len(run), at_once)):
                 known = [kept.take(prompt) for prompt in part] if kept is not None and continued else None
                 computed.append(self._prefill(part) if known is None else self._continue(part, known))
-        slots.enter(list(zip(*(pairs for _, pairs in computed), strict=True)), lengths, counts)
+        slots.enter(_by_layer([pairs for _, pairs in computed]), lengths, counts)
         hidden = torch.cat([last for last, _ in computed])
         # indices that the host makes: repeating by lengths would make a GPU wait for their sum
         (groups,) = together([torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))], hidden.device)
@@ -318,6 +318,12 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
                 continue
             return Decoder(lm, shared, bf16 or gathers_bf16(lm), reach, probe.windowed)
     return reason
+
+
+def _by_layer(computed: Sequence[list[Pair]]) -> Iterator[list[Pair]]:
+    """Yield each layer's states of all parts and remove them there, so that no more than one layer is held twice while prompts enter."""
+    while computed[0]:
+        yield [pairs.pop(0) for pairs in computed]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

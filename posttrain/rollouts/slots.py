@@ -12,7 +12,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -59,11 +59,12 @@ class Slots:
         self.counts: list[int] = []
         self._arrange()
 
-    def enter(self, prompts: Sequence[Sequence[Pair]], lengths: Sequence[int], counts: Sequence[int]) -> None:
+    def enter(self, prompts: Iterable[Sequence[Pair]], lengths: Sequence[int], counts: Sequence[int]) -> None:
         """Give `counts` answers of each prompt their slots.
 
         Args:
-            prompts: for every layer one or more batches of prompts, padded on the right.
+            prompts: for every layer one or more batches of prompts, padded on the right. A layer's are read
+                after those before are stored.
         """
         for layer, batches in zip(self.layers, prompts, strict=True):
             layer.enter(batches, sum(counts))

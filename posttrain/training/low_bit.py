@@ -1,7 +1,8 @@
 """Moments in 8 bits by torchao as plain tensors, and as parts of a moment that processes split (FSDP2).
 
 Blocks are 256 neighbours of a flat weight. A part of a weight has whole blocks if it has whole rows and a multiple of 256 numbers, so the
-blocks are those of the whole weight, whatever the number of processes. Other weights that are split keep float32 moments.
+blocks are those of the whole weight, whatever the number of processes. Other weights that are split keep float32 moments, and so do
+embeddings, also as a tied head, as in the paper's stable embedding layer (arXiv 2110.02861).
 
 Example:
     >>> has_blocks(torch.zeros(16, 256)), has_blocks(torch.zeros(16, 255))
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 BLOCK, SMALLEST = 256, 4096
@@ -22,9 +23,21 @@ BLOCK, SMALLEST = 256, 4096
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 """Moments by their name in the optimiser's state, and whether one may be negative."""
 
+WIDE_MOMENTS = "_posttrain_wide_moments"
+"""Attribute of a parameter whose moments are float32 even if other moments are quantised."""
+
+
+def keep_embeddings_wide(model: nn.Module) -> None:
+    """Mark the weights of embeddings, which may also be the head's, so that their moments are not quantised."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            setattr(module.weight, WIDE_MOMENTS, True)
+
 
 def has_blocks(parameter: Tensor) -> bool:
     """Return True if the moments of every process's part are quantised in the blocks of the whole parameter."""
+    if getattr(parameter, WIDE_MOMENTS, False):
+        return False
     if not isinstance(parameter, DTensor):
         return parameter.numel() >= SMALLEST and parameter.numel() % BLOCK == 0
     processes = parameter.device_mesh.size()

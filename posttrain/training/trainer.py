@@ -25,6 +25,7 @@ from posttrain.models.checkpointing import recomputed_layers
 from posttrain.models.context import sharing, trainer_group
 from posttrain.models.shards import by_kind, fresh_gradients, is_sharded, is_tensor_parallel
 from posttrain.settings import OptimizerSettings
+from posttrain.training.low_bit import keep_embeddings_wide
 from posttrain.training.optimizer import (
     Groups,
     by_parameter,
@@ -108,6 +109,7 @@ class Trainer(Generic[Row]):
             self.groups = _shard(model, self.groups, self.accelerator)
         if settings.offload and not self.sharded:
             model.to(self.accelerator.device)  # only a device's weights have copies in main memory
+        keep_embeddings_wide(model)
         optimizer = make_optimizer(
             [{"params": kind, "lr": g.learning_rate} for g in self.groups for kind in by_kind(g.parameters)], settings
         )

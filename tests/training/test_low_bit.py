@@ -15,6 +15,7 @@ from torch import nn
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.settings import OptimizerSettings
 from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.low_bit import has_blocks, keep_embeddings_wide
 from posttrain.training.optimizer import load_portable, make_optimizer, portable_state, stepping
 from tests.reliability.workspace import Warm
 from tests.training import low_bit_sharded
@@ -69,6 +70,15 @@ def test_the_first_step_is_that_of_32_bits_and_later_ones_differ_by_the_rounding
     assert state[1]["exp_avg"].dtype == torch.float32
 
 
+def test_moments_of_embeddings_and_of_a_tied_head_stay_in_32_bits() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(16, 256), "head": nn.Linear(256, 16, bias=False)})
+    assert has_blocks(model["embedding"].weight)
+    keep_embeddings_wide(model)
+    assert [has_blocks(parameter) for parameter in model.parameters()] == [False, True]
+    model["head"].weight = model["embedding"].weight
+    assert not has_blocks(model["head"].weight)
+
+
 def test_resumed_from_a_file_is_bit_identical(tmp_path: Path) -> None:
     pytest.importorskip("torchao", reason="the extra low-bit is not installed")
     straight = weights()
@@ -91,13 +101,13 @@ def test_resumed_from_a_file_is_bit_identical(tmp_path: Path) -> None:
 def test_two_processes_under_fsdp2_train_as_one_and_either_resumes_the_other(
     root: Path, tmp_path: Path, warm: Warm
 ) -> None:
-    """Blocks are those of whole weights. Embeddings and head, whose parts are uneven, keep float32 moments in two processes."""
+    """Blocks are those of whole weights. Embeddings keep float32 moments; in two processes the head does, too: its parts are uneven."""
     pytest.importorskip("torchao", reason="the extra low-bit is not installed")
     accelerator = Accelerator(cpu=True)
     one = low_bit_sharded.results(accelerator, tmp_path / "one")
     together(root, FSDP2, "tests.training.low_bit_sharded", str(tmp_path), warm=warm)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert (one["in 8 bits"], first["in 8 bits"], second["in 8 bits"]) == (9, 7, 7)
+    assert (one["in 8 bits"], first["in 8 bits"], second["in 8 bits"]) == (8, 7, 7)
     assert second["weights"] == {}
     assert all(torch.equal(first["resumed"][name], value) for name, value in first["weights"].items())
     from_two = low_bit_sharded.resumed(accelerator, tmp_path / "two")
