@@ -26,7 +26,10 @@ from posttrain.errors import DataError
 from posttrain.text import nearest
 
 Record = dict[str, Any]
+LFS_POINTER = b"version https://git-lfs"
 _BEGINNINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32 (save it as UTF-8)",
+    codecs.BOM_UTF32_BE: "UTF-32 (save it as UTF-8)",
     codecs.BOM_UTF16_LE: "UTF-16 (save it as UTF-8)",
     codecs.BOM_UTF16_BE: "UTF-16 (save it as UTF-8)",
     b"\x1f\x8b": "compressed (name it .gz)",
@@ -48,10 +51,19 @@ def read_file(path: Path) -> list[Record]:
             f"{path}: no such file. Local sources are paths from the project's root; check the spelling."
             " The data of examples/*.yaml are not part of the project: docs/examples.md lists where to download them."
         )
+    _refuse_pointer(path)
     records = reader(path)
     if not records:
         raise DataError(f"{path}: has no records; it must hold at least one")
     return records
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raise DataError for what git leaves in place of a file that git-lfs has not fetched; its lines could pass for a table."""
+    with _reading(path), path.open("rb") as file:
+        pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    if pointer:
+        raise DataError(f"{path}: a git-lfs pointer instead of the data; type: git lfs pull")
 
 
 def is_readable(path: Path) -> bool:

@@ -239,6 +239,9 @@ def test_a_jsonl_file_is_not_held_next_to_its_records(tmp_path: Path) -> None:
     assert peak - held < path.stat().st_size / 4
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 3\n"
+
+
 def test_lines_keep_their_numbers_with_a_mark_and_with_windows_ends(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n") + b"\r\n" + LINE)
     assert read_file(tmp_path / "x.jsonl") == ROWS + ROWS
@@ -267,7 +270,12 @@ def test_lines_keep_their_numbers_with_a_mark_and_with_windows_ends(tmp_path: Pa
         ("a.jsonl", b'{\n "prompt": "a"\n}', r"one JSON document over several lines, name it \.json"),
         ("a.jsonl", gzip.compress(b'{"prompt": "a"}', mtime=0), r"seems to be compressed \(name it \.gz\)"),
         ("a.csv", "prompt\na\n".encode("utf-16"), r"seems to be UTF-16 \(save it as UTF-8\)"),
+        ("a.csv", "prompt\na\n".encode("utf-32"), r"seems to be UTF-32 \(save it as UTF-8\)"),
         ("a.jsonl", b"\xe9", "not UTF-8 text at byte 0; save it as UTF-8"),
+        *(
+            (f"a.{kind}", LFS, r"a git-lfs pointer instead of the data; type: git lfs pull")
+            for kind in ("jsonl", "csv", "json.gz", "parquet")
+        ),
     ],
 )
 def test_a_file_of_another_kind_than_its_name_says_so(tmp_path: Path, name: str, content: bytes, words: str) -> None:

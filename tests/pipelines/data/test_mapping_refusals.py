@@ -182,11 +182,15 @@ def test_a_preferred_column_that_no_record_has_is_refused_by_name(preferred: dic
         ),
         ({"columns": ["x", "yy"], "text": "text", "score": "score"}, r"graded\.columns: no .* 'yy'; did you mean 'y'"),
         ({"columns": ["x", "y"], "text": "txt", "score": "score"}, r"graded\.text: no .* 'txt'; did you mean 'text'"),
+        (
+            {"columns": ["w", "z"], "score": "z"},
+            r"graded\.columns: w holds answers without scores .*\{answers: LIST, score: LIST\}",
+        ),
     ],
 )
 def test_a_graded_place_that_no_record_has_is_refused_by_name(graded: dict[str, Any], words: str) -> None:
     good, bad = {"text": "yes", "score": 2}, {"text": "no", "score": 1}
-    record = {"q": "x", "r": [good, bad], "x": good, "y": bad, "n": {"replies": [good]}}
+    record = {"q": "x", "r": [good, bad], "x": good, "y": bad, "w": "yes", "z": 1, "n": {"replies": [good]}}
     with pytest.raises(DataError, match=words):
         rows("preferences", record, columns={"prompt": "q"}, graded=graded | {"better": "higher"})
 
