@@ -32,7 +32,7 @@ from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.environments.parts import KINDS
 from posttrain.errors import ConfigError, DataError
-from posttrain.text import letters_and_digits, normalised
+from posttrain.text import as_prompt, letters_and_digits
 
 
 def run(run: Run) -> None:
@@ -127,7 +127,7 @@ def _digest(key: str) -> int:
 
 def _key(row: Row) -> str:
     """Return the prompt without differences of case and spacing."""
-    return normalised(plain(row["prompt"]))
+    return as_prompt(plain(row["prompt"]))
 
 
 def _prompts(rows: Iterable[Row]) -> int:

@@ -22,6 +22,7 @@ _CLOSED = re.compile(rf"</(?:{_NAMES})>|\[/(?:{_NAMES})\]|\u25c1/think\u25b7", r
 _OPENED = re.compile(rf"<(?:{_NAMES})>|\[(?:{_NAMES})\]|\u25c1think\u25b7", re.IGNORECASE)
 _UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 """Soft hyphens, zero-width spaces, marks of direction and marks of byte order."""
+_SPACED_SIGN = re.compile(r" ?([-+*/^=<>\u00d7\u00f7\u2212\u2260\u2264\u2265]) ?")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]{0,40}<\|message\|>")
 """How gpt-oss separates its reasoning (`analysis`) from its answer (`final`)."""
 
@@ -88,6 +89,16 @@ def normalised(text: str) -> str:
     """
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", _UNSEEN.sub("", text)).casefold())
     return " ".join(folded.split()).rstrip(" .?。？")
+
+
+def as_prompt(text: str) -> str:
+    """Return the text as prompts are told apart: `normalised`, and without spaces around the signs of a formula.
+
+    Example:
+        >>> as_prompt("15 + 0 ="), as_prompt("15+0="), as_prompt("1, 234"), as_prompt("1,234")
+        ('15+0=', '15+0=', '1, 234', '1,234')
+    """
+    return _SPACED_SIGN.sub(r"\1", normalised(text))
 
 
 def is_blank(text: str) -> bool:

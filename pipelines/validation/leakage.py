@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.data.tables import Row, plain
 from posttrain.data.messages import INSTRUCTING
-from posttrain.text import normalised
+from posttrain.text import as_prompt
 
 _TURN, _PART = "\x1e", "\x1d"
 
@@ -53,7 +53,7 @@ def _split(messages: Sequence[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _one(text: str) -> str:
-    return normalised(text) or text
+    return as_prompt(text) or text
 
 
 def _keys(system: str, turns: str, held_out: bool) -> set[str]:

@@ -65,6 +65,18 @@ def test_rows_are_shown_where_they_differ(checked: Checked) -> None:
         assert f"  id {i} (as evaluation id {i}): prompt '...and nothing else. {i} + {i}'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("15+0=", "15 + 0 =", True), ("x<y?", "x < y", True), ("3 \u2212 2", "3\u2212 2", True),
+        ("8 - 3", "8 + 3", False), ("1, 234", "1,234", False), ("a b", "ab", False), ("2.5", "2 / 5", False),
+    ],
+)  # fmt: skip
+def test_spaces_around_signs_hide_no_leak(one: str, other: str, same: bool) -> None:
+    keys = prompt_keys({"prompt": one}, held_out=True)
+    assert bool(keys & prompt_keys({"prompt": other}, held_out=False)) is same
+
+
 @pytest.mark.parametrize("mark", ["\u200b", "\ufeff", "\u200f", "\u00ad"])
 def test_a_mark_that_no_reader_sees_hides_no_leak(mark: str) -> None:
     row, other = ({"prompt": text} for text in (f"{mark}What is {mark}8-3?", "What is 8-3?"))
