@@ -28,6 +28,7 @@ Example:
     the loss is nan 3 ('row 7',)
 """
 
+import re
 from collections.abc import Sequence
 
 
@@ -107,3 +108,15 @@ class OrchestrationError(PosttrainError):
 
 class Interrupted(PosttrainError):
     exit_code = 143
+
+
+_REFUSED = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|CUDA out of memory")
+"""How torch reports a lack of memory on the CPU, which has no separate type."""
+
+
+def memory_fault(error: BaseException) -> str | None:
+    """Return in words that the memory of the machine or of its GPU did not suffice; None for other errors. Needs no torch."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _REFUSED.search(text):
+        return text[:200] or "out of memory"
+    return None

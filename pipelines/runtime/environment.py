@@ -50,8 +50,6 @@ LIMITS = {
 }
 """What to do about a limit of the system."""
 _NO_THREAD = "can't start new thread"
-_REFUSED = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|CUDA out of memory")
-"""How torch reports a lack of memory on the CPU, which has no separate type."""
 _PANIC_CODE = re.compile(r"Os { code: (\d+)")
 """How a Rust library such as tokenizers names the error of the system for which it gives up."""
 FULL_BYTES = 1 << 22
@@ -151,14 +149,6 @@ def panic_fault(error: BaseException) -> str | None:
     found = _PANIC_CODE.search(str(error)) if is_panic(error) else None
     number = int(found[1]) if found else 0
     return f"{os.strerror(number)}. {LIMITS[number]}" if number in LIMITS else None
-
-
-def memory_fault(error: BaseException) -> str | None:
-    """Return in words that the memory of the machine or of its GPU did not suffice; None for other errors. Needs no torch."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _REFUSED.search(text):
-        return text[:200] or "out of memory"
-    return None
 
 
 def _full_disk() -> str:

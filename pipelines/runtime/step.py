@@ -35,7 +35,7 @@ from pipelines.runtime.process import GRACE_SECONDS, STAGE, Lock, StopSignals, u
 from pipelines.runtime.publish import ARTIFACTS, publish
 from pipelines.runtime.redaction import printable, redact
 from pipelines.runtime.run import Run
-from posttrain.errors import Interrupted, PosttrainError, TrackingError
+from posttrain.errors import Interrupted, PosttrainError, TrackingError, memory_fault
 from posttrain.guard import end_with
 
 Body = Callable[[Run], None]
@@ -113,7 +113,7 @@ def main(
 
 def _stop(step: Step, error: BaseException) -> NoReturn:
     """Report a fault of the machine in words and exit with status 2; any other error is a bug, with its traceback."""
-    memory = environment.memory_fault(error)
+    memory = memory_fault(error)
     fault = environment.machine_fault(error) if isinstance(error, OSError | RuntimeError) else None
     fault = fault or environment.panic_fault(error)
     if memory is not None:

@@ -11,19 +11,25 @@ import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import IO, Any, cast
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, memory_fault
 from posttrain.guard import signal_at_parents_death
 from posttrain.models.allocator import keep_heap
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.packing import packed, to_bytes
 from posttrain.rollouts.shared_memory import Entry, SharedTensors
+
+NO_MEMORY = (
+    "the memory did not suffice for the sampling process ({lack}). It holds a second copy of the model: end other processes, lower"
+    " prompts_per_step, samples_per_prompt or max_new_tokens, or set rollouts.staleness: 0, and run again"
+)
 
 
 def model_request(lm: PreTrainedModel) -> dict[str, Any]:
@@ -118,10 +124,17 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
                 header, payload = sampler.answer(request)
         except PosttrainError as error:
             header = {"error": str(error)}
-        except torch.OutOfMemoryError as error:
-            header = {"error": f"out of memory: {error}"}
-        replies.write(json.dumps(header).encode() + b"\n" + payload)
-        replies.flush()
+        except Exception as error:
+            if (lack := memory_fault(error)) is None:
+                raise
+            header = {"error": NO_MEMORY.format(lack=lack)}
+        try:
+            replies.write(json.dumps(header).encode() + b"\n" + payload)
+            replies.flush()
+        except BrokenPipeError:  # the trainer has been killed
+            with suppress(BrokenPipeError):
+                replies.close()
+            return
 
 
 def main() -> None:

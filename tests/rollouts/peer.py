@@ -128,7 +128,7 @@ class Peer:
             self.paths.append(path)
             if path == "/v1/completions":
                 self.asked.append(body)
-                return self.faults(len(self.asked)) or (200, {"choices": [self._complete(body)]})
+                return self.faults(len(self.asked)) or (200, {"choices": [self.complete(body)]})
             if not self.development:
                 return 404, {"detail": "Not Found"}
             if path == "/collective_rpc":
@@ -170,7 +170,7 @@ class Peer:
             self.model.set_output_embeddings(head)
 
     @torch.no_grad()
-    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """Compute one token at a time, from scratch each time."""
         generator = torch.Generator().manual_seed(body["seed"])
         prompt, tokens, logprobs, reason = list(body["prompt"]), [], [], "length"

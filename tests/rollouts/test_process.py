@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from posttrain.models.plain import plain_state
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.process import ProcessEngine
+from posttrain.rollouts.sampling_process import serve
 from posttrain.settings import LoraSettings
 from tests.models import small
 
@@ -68,6 +73,27 @@ def test_an_error_of_the_engine_is_its_own_message(engine: ProcessEngine) -> Non
     with pytest.raises(RolloutError, match="exceed the model's context of 64"):
         engine.sample_with(engine.snapshot(SETTINGS), REQUESTS, SamplingSettings(64, 1.0))
     assert engine.sample_with(engine.snapshot(SETTINGS), [], SETTINGS) == []
+
+
+def _lacks() -> NoReturn:
+    torch.empty(2**56)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["memory", "trainer"])
+def test_a_lack_of_memory_is_words_and_a_lost_trainer_is_no_bug(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    monkeypatch.setattr("posttrain.rollouts.sampling_process._Sampler", lambda request: _lacks())
+    reader, writer = os.pipe()
+    if lost:
+        os.close(reader)
+    with os.fdopen(writer, "wb") as replies:
+        serve(io.BytesIO(b"{}\n"), replies)
+    if not lost:
+        with os.fdopen(reader, "rb") as sent:
+            assert re.match(
+                "the memory did not suffice for the sampling process .*allocate memory",
+                json.loads(sent.read())["error"],
+            )
 
 
 def test_only_what_an_adapter_changes_travels_and_a_killed_process_is_reported() -> None:

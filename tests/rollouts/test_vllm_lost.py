@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from itertools import count
@@ -59,6 +60,47 @@ def test_when_none_is_left_the_run_stops_and_names_each(start: Callable[..., Set
         setup.sample()
     assert all(f"{peer.url} does not answer /health" in str(caught.value) for peer in setup.peers)
     assert "run the same command" in str(caught.value)
+
+
+def sent(field: str, values: Any) -> Callable[[dict[str, Any]], None]:
+    """Return an edit of a choice: each of its tokens, or of their log-probabilities, is changed."""
+
+    def edit(choice: dict[str, Any]) -> None:
+        if field in choice:
+            choice[field] = values(choice[field])
+
+    return edit
+
+
+GARBAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "NaN for the prompt": (
+        sent("prompt_logprobs", lambda old: [None, *({key: {"logprob": float("nan")} for key in e} for e in old[1:])]),
+        "prompt_logprobs = [null, ",
+    ),
+    "nothing for the prompt": (sent("prompt_logprobs", lambda old: [None] * len(old)), "prompt_logprobs = [null, null"),
+    "one number": (sent("token_ids", lambda old: 5), "token_ids = 5 in place of whole numbers from 0 to 258"),
+    "fractions": (sent("token_ids", lambda old: [token + 0.5 for token in old]), "token_ids = ["),
+    "foreign tokens": (sent("token_ids", lambda old: [10**6 for _ in old]), "token_ids = [1000000"),
+    "too many": (sent("token_ids", lambda old: old * 9), "9 tokens with 1 log-probabilities"),
+    "words": (sent("logprobs", lambda old: {"token_logprobs": ["x"]}), 'token_logprobs = ["x"]'),
+    "above 0": (sent("logprobs", lambda old: {"token_logprobs": [1.0]}), "token_logprobs = [1.0]"),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_neither_taken_for_the_policy_nor_trained_on(start: Callable[..., Setup], name: str) -> None:
+    setup = start()
+    setup.engine = setup.new_engine(patience_seconds=0)
+    edit, words = GARBAGE[name]
+
+    def garbles(number: int) -> tuple[int, Any]:
+        choice = setup.peers[0].complete(setup.peers[0].asked[-1])
+        edit(choice)
+        return 200, {"choices": [choice]}
+
+    setup.peers[0].faults = garbles
+    with pytest.raises(ServerError, match=re.escape(words)):
+        setup.sample()
 
 
 def test_a_server_that_fails_for_good_is_not_asked_for_ever(start: Callable[..., Setup]) -> None:
@@ -129,7 +171,7 @@ def test_a_request_that_begins_while_the_run_stops_is_not_sent(start: Callable[.
     server.close()
     sent = len(peer.asked)
     with pytest.raises(ServerError, match="the run is stopping"):
-        server.complete((5, 6), (0, 0), SamplingSettings(2, 1.0), (2,))
+        server.complete((5, 6), (0, 0), SamplingSettings(2, 1.0), (2,), vocabulary=8)
     assert len(peer.asked) == sent
 
 

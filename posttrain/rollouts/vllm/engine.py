@@ -81,6 +81,7 @@ class VllmEngine:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.probe = Probe(BFLOAT16 if bf16 else FLOAT32, str(self.dtype).removeprefix("torch."))
         self.fleet = Fleet(servers, self._ready, patience_seconds)
+        self.vocabulary = lm.config.get_text_config().vocab_size
         self._served: tuple[int, float] | None = None
         self._pinned: int | None = None
         self._expected: list[Expected] = []
@@ -153,7 +154,14 @@ class VllmEngine:
 
     def _answers(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         jobs = [
-            partial(VllmServer.complete, prompt=request.prompt, seed=seed, settings=settings, ends=self.ends)
+            partial(
+                VllmServer.complete,
+                prompt=request.prompt,
+                seed=seed,
+                settings=settings,
+                ends=self.ends,
+                vocabulary=self.vocabulary,
+            )
             for request in requests
             for seed in request.seeds
         ]

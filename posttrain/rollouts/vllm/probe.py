@@ -71,7 +71,7 @@ class Probe:
             StaleWeightsError: the difference is too large for rounding.
             ServerError: the server does not answer.
         """
-        answers = [server.probe(each.ids, temperature) for each in policy]
+        answers = [server.probe(each.ids, temperature, len(each.following)) for each in policy]
         served = np.concatenate([np.asarray(logprobs) for logprobs, _, _ in answers])
         own = np.concatenate([each.logprobs for each in policy])
         difference = np.abs(served - own)
@@ -79,9 +79,11 @@ class Probe:
             abs(value - float(p.following[token])) for (_, token, value), p in zip(answers, policy, strict=True)
         )
         stuck = self._stuck(server, served, own)
-        if stuck or difference.mean() > self.tolerance.mean or difference.max() > self.tolerance.largest:
+        # NaN is within no tolerance
+        alike = difference.mean() <= self.tolerance.mean and difference.max() <= self.tolerance.largest
+        if stuck or not alike:
             raise StaleWeightsError(self._other_weights(server, policy, difference, folder, stuck))
-        if drawn > self.tolerance.largest:
+        if not drawn <= self.tolerance.largest:
             raise StaleWeightsError(
                 f"{server.url} has the policy's weights but reports other log-probabilities for the tokens that it samples, {drawn:.3g}"
                 f" nats away at temperature {temperature:g}: start it with --logprobs-mode processed_logprobs (docs/rollouts.md)"

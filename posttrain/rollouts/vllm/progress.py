@@ -2,12 +2,13 @@
 
 Example:
     >>> text = '# HELP vllm:generation_tokens_total ...\\nvllm:generation_tokens_total{model="policy"} 41.0\\n'
-    >>> tokens_counted(text + 'vllm:prompt_tokens_total{model="policy"} 7.0\\n'), tokens_counted("null")
-    (48.0, None)
+    >>> tokens_counted(text + 'vllm:prompt_tokens_total{model="policy"} 7.0\\n'), tokens_counted("null"), tokens_counted(text + COUNTERS[0])
+    (48.0, None, None)
 """
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from collections.abc import Callable
@@ -21,9 +22,13 @@ STALL_SECONDS = 20.0
 
 
 def tokens_counted(metrics: str) -> float | None:
-    """Return the number of tokens that the server has read and made, from its page `/metrics`; None if it counts none."""
+    """Return the number of tokens that the server has read and made, from its page `/metrics`; None if it counts none, or no number."""
     lines = [line for line in metrics.splitlines() if line.startswith(COUNTERS)]
-    return sum(float(line.rpartition(" ")[2]) for line in lines) if lines else None
+    try:
+        counted = sum(float(line.rpartition(" ")[2]) for line in lines)
+    except ValueError:
+        return None
+    return counted if lines and math.isfinite(counted) else None
 
 
 def wait_for_reply(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import socket
 from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPResponse
@@ -19,6 +18,7 @@ from posttrain.network import shut_after
 from posttrain.rollouts.engine import Completion, SamplingSettings
 from posttrain.rollouts.vllm.connection import base_path, new_connection
 from posttrain.rollouts.vllm.progress import LOOK_SECONDS, STALL_SECONDS, tokens_counted, wait_for_reply
+from posttrain.rollouts.vllm.replies import field, first, of_prompt, sampled, served_model
 
 REQUEST_SECONDS = 900.0
 """A server that has not answered by then is considered hung, whatever it counts."""
@@ -52,8 +52,7 @@ class VllmServer:
             ServerError: it does not answer.
         """
         self._exchange("GET", "/health", None, HEALTH_SECONDS)
-        served = _field(self._exchange("GET", "/v1/models", None, HEALTH_SECONDS), "data", self.url)[0]
-        self.model, self.context = served["id"], int(served.get("max_model_len") or 0)
+        self.model, self.context = served_model(self._exchange("GET", "/v1/models", None, HEALTH_SECONDS), self.url)
 
     def update(self, folder: Path) -> None:
         """Load the weights of `folder`, and drop everything that was computed with older ones."""
@@ -102,7 +101,7 @@ class VllmServer:
         except ServerError as error:
             self.connect()  # raises ServerError if the server has ended
             raise RolloutError(f"{self.url} cannot sleep ({error}): {SLEEPLESS}") from error
-        if not _field(self._exchange("GET", "/is_sleeping", None, HEALTH_SECONDS), "is_sleeping", self.url):
+        if not field(self._exchange("GET", "/is_sleeping", None, HEALTH_SECONDS), "is_sleeping", self.url):
             raise RolloutError(f"{self.url} does not sleep: {SLEEPLESS}")
 
     def wake(self, part: str) -> None:
@@ -123,7 +122,12 @@ class VllmServer:
         raise ServerError(f"{self.url} did not empty its prefix cache after {CACHE_RESETS} requests to")
 
     def complete(
-        self, prompt: Sequence[int], seed: Sequence[int], settings: SamplingSettings, ends: Sequence[int]
+        self,
+        prompt: Sequence[int],
+        seed: Sequence[int],
+        settings: SamplingSettings,
+        ends: Sequence[int],
+        vocabulary: int,
     ) -> Completion:
         """Return one answer. It ends only with one of `ends`, whatever the server's own configuration is."""
         if self.context and len(prompt) + settings.max_new_tokens > self.context:
@@ -136,18 +140,16 @@ class VllmServer:
             "stop_token_ids": list(ends),
         }
         choice = self._choice(body)
-        tokens, logprobs = self._sampled(choice)
+        tokens, logprobs = sampled(choice, self.url, settings.max_new_tokens, vocabulary)
         finished = choice.get("finish_reason") == "stop" and tokens[-1] in ends
         return Completion(tokens, logprobs, finished)
 
-    def probe(self, ids: Sequence[int], temperature: float) -> tuple[list[float], int, float]:
+    def probe(self, ids: Sequence[int], temperature: float, vocabulary: int) -> tuple[list[float], int, float]:
         """Return the log-probabilities of ids[1:] at temperature 1, then a sampled next token and its log-probability."""
         body = self._body(ids, 1, temperature) | {"prompt_logprobs": 0, "seed": 0}
         choice = self._choice(body)
-        reported = _field(choice, "prompt_logprobs", self.url)
-        tokens, logprobs = self._sampled(choice)
-        of_prompt = [float(reported[i][str(token)]["logprob"]) for i, token in enumerate(ids) if i]
-        return of_prompt, tokens[0], logprobs[0]
+        tokens, logprobs = sampled(choice, self.url, 1, vocabulary)
+        return of_prompt(choice, ids, self.url), tokens[0], logprobs[0]
 
     def close(self) -> None:
         """Abort every open request, and refuse new ones."""
@@ -176,15 +178,7 @@ class VllmServer:
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
         reply = self._exchange("POST", "/v1/completions", body, self.request_seconds, watched=True)
-        choice: dict[str, Any] = _field(reply, "choices", self.url)[0]
-        return choice
-
-    def _sampled(self, choice: dict[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        tokens = tuple(_field(choice, "token_ids", self.url))
-        logprobs = tuple(_field(choice.get("logprobs"), "token_logprobs", self.url))
-        if not tokens or len(tokens) != len(logprobs) or not all(map(math.isfinite, logprobs)):
-            raise ServerError(f"{self.url} sent {len(tokens)} tokens with the log-probabilities {list(logprobs)[:8]}")
-        return tokens, logprobs
+        return first(reply, "choices", self.url)
 
     def _tokens_counted(self) -> float | None:
         """Return the server's counter of tokens, None if it has none."""
@@ -254,12 +248,3 @@ def server_seed(seed: Sequence[int]) -> int:
         (True, True)
     """
     return int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _field(reply: Any, name: str, url: str) -> Any:
-    value = reply.get(name) if isinstance(reply, dict) else None
-    if value is None:
-        raise RolloutError(
-            f"{url} sends no {name}: it is not a vLLM server, or its version is too old (docs/rollouts.md lists the tested version)"
-        )
-    return value

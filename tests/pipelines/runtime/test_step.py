@@ -15,12 +15,11 @@ import torch
 
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import AlgorithmParams, OnPolicyBudget
-from pipelines.runtime.environment import memory_fault
 from pipelines.runtime.identity import code_digest, content_digest, input_digests, run_key
 from pipelines.runtime.journal import ended, read
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
 from pipelines.runtime.prices import judge_tokens
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, memory_fault
 from tests.pipelines.conftest import Project, wait_for
 
 
