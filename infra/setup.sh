@@ -11,11 +11,17 @@ STAMP="$VENV/.posttrain-setup"
 
 # The package index holds wheels for CUDA 13.0, which needs driver 580; PyTorch's own index has those for CUDA 12.6, which runs from 525.
 torch_wheels() {
-    local driver major
-    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || driver=""
+    local driver major limit=""
+    if ! command -v nvidia-smi >/dev/null; then
+        echo "default no NVIDIA driver: PyTorch as the package index has it"
+        return
+    fi
+    ! command -v timeout >/dev/null || limit="timeout 30"  # it hangs with a broken driver
+    read -r driver < <($limit nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>&1) || true
+    driver="${driver%"${driver##*[![:space:]]}"}"
     major="${driver%%.*}"
     if [[ ! "$major" =~ ^[0-9]+$ ]]; then
-        echo "default no NVIDIA driver: PyTorch as the package index has it"
+        echo "default nvidia-smi names no driver (${driver:-it printed nothing}): PyTorch as the package index has it; no GPU can be used until the driver answers"
     elif [ "$major" -ge 580 ]; then
         echo "default NVIDIA driver $driver: PyTorch for CUDA 13.0"
     elif [ "$major" -ge 525 ]; then

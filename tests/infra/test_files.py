@@ -94,11 +94,16 @@ def test_setup_compiles_what_processes_import(root: Path, file: str, compiled: b
             "470.57.02",
             "NVIDIA driver 470.57.02, older than 525, runs no CUDA that PyTorch supports: PyTorch for the CPU; update the driver",
         ),
-        ("", "no NVIDIA driver: PyTorch as the package index has it"),
+        (
+            "",
+            "nvidia-smi names no driver (NVIDIA-SMI has failed): PyTorch as the package index has it; no GPU can be used until the driver"
+            " answers",
+        ),
+        (" 545.23.08 ", "NVIDIA driver 545.23.08, older than 580: PyTorch for CUDA 12.6, from download.pytorch.org"),
     ],
 )  # fmt: skip
 def test_setup_takes_the_wheels_that_the_driver_runs(root: Path, tmp_path: Path, driver: str, said: str) -> None:
-    """A driver that does not answer, and the text of one that fails, count as none."""
+    """The words of a driver that fails are shown."""
     fake = tmp_path / "nvidia-smi"
     fake.write_text(
         f"#!/bin/sh\necho '{driver or 'NVIDIA-SMI has failed'}'\nexit {0 if driver else 9}\n", encoding="utf-8"
