@@ -103,7 +103,7 @@ def test_setup_compiles_what_processes_import(root: Path, file: str, compiled: b
     ],
 )  # fmt: skip
 def test_setup_takes_the_wheels_that_the_driver_runs(root: Path, tmp_path: Path, driver: str, said: str) -> None:
-    """The words of a driver that fails are shown."""
+    """Show the words of a driver that fails."""
     fake = tmp_path / "nvidia-smi"
     fake.write_text(
         f"#!/bin/sh\necho '{driver or 'NVIDIA-SMI has failed'}'\nexit {0 if driver else 9}\n", encoding="utf-8"

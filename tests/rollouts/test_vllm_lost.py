@@ -63,7 +63,7 @@ def test_when_none_is_left_the_run_stops_and_names_each(start: Callable[..., Set
 
 
 def sent(field: str, values: Any) -> Callable[[dict[str, Any]], None]:
-    """Return an edit of a choice: each of its tokens, or of their log-probabilities, is changed."""
+    """Return an edit of one field of a choice."""
 
     def edit(choice: dict[str, Any]) -> None:
         if field in choice:
