@@ -101,3 +101,4 @@ def narrow_last_layer(model: PreTrainedModel) -> Iterator[NarrowLayer]:
     finally:
         if not narrowed.keep:
             narrowed.remove()
+        narrowed.handles.clear()  # a model whose hooks hold handles cannot always be copied
