@@ -52,6 +52,7 @@ class Sizes:
         intermediate: width of the experts that one token passes through, together.
         outside: parameters outside the layers: embeddings and head.
         tied: the head's matrix is that of the embeddings.
+        fused: norms and rotations store less on a CPU in float32 (posttrain/models/fused.py).
     """
 
     parameters: int
@@ -63,6 +64,7 @@ class Sizes:
     vocabulary: int
     outside: int = 0
     tied: bool = False
+    fused: bool = False
 
     def gathered(self, processes: int, bf16: bool = False) -> int:
         """Return the bytes that a process of several holds for the others' parts: embeddings, head, and two layers of one model."""
@@ -76,6 +78,12 @@ class Sizes:
         layer = 4 * self.intermediate + 4 * self.key_width + 4 * self.hidden + 8 * self.query_width
         picked_out = 2 * self.hidden + self.query_width  # copies of the tokens that the last layer computes
         return FLOAT32_BYTES * (self.layers * layer + picked_out + 4 * self.hidden)
+
+    @property
+    def fused_per_token(self) -> int:
+        """Return `activations_per_token` with fused norms and rotations, which store their input only."""
+        layer = 4 * self.intermediate + 3 * self.key_width + 4 * self.hidden + 5 * self.query_width
+        return FLOAT32_BYTES * (self.layers * layer + 5 * self.hidden + self.query_width)
 
     @property
     def recomputed_per_token(self) -> int:
@@ -97,6 +105,8 @@ def sizes(config: Any) -> Sizes:
     """Return the sizes of a causal language model from its transformers configuration, without allocating weights."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    from posttrain.models.fused import fuse
 
     try:
         with torch.device("meta"):
@@ -124,6 +134,7 @@ def sizes(config: Any) -> Sizes:
         vocabulary=model.get_input_embeddings().num_embeddings,
         outside=sum(p.numel() for p in {*model.get_input_embeddings().parameters(), *_head(model)}),
         tied=any(p is other for p in _head(model) for other in model.get_input_embeddings().parameters()),
+        fused=fuse(model) >= 3 * (_number(text, LAYER_NAMES) or 1),
     )
 
 
@@ -213,7 +224,8 @@ def training(
     gathered = 2 * FLOAT32_BYTES * micro_batch_tokens * model.hidden * trained if context > 1 else 0
     own_tokens = math.ceil(micro_batch_tokens / context)
     tile = min(tile_limits(device)[0], own_tokens * model.vocabulary)
-    per_token = model.recomputed_per_token if recomputes else model.activations_per_token
+    whole = model.fused_per_token if model.fused and device == "cpu" and not bf16 else model.activations_per_token
+    per_token = model.recomputed_per_token if recomputes else whole
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile
     return Memory(
         weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes, bf16),
