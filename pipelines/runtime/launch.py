@@ -89,6 +89,20 @@ def check_hosts(path: Path) -> None:
         )
 
 
+def check_device(path: Path) -> None:
+    """Raise ConfigError if a configuration is for GPUs and PyTorch sees none: accelerate would train on the CPU without a word."""
+    import torch
+
+    tree = read_yaml(path)
+    wants = isinstance(tree, dict) and tree.get("distributed_type") in ("MULTI_GPU", "FSDP") and not tree.get("use_cpu")
+    if wants and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"{path}: for GPUs (use_cpu: {str(tree.get('use_cpu', False)).lower()}), but PyTorch {torch.__version__} sees none, so the step"
+            " would run on the CPU. Check the driver with `nvidia-smi`, and install a CUDA build of torch; or choose a file for the CPU,"
+            " such as infra/accelerate/fsdp2_cpu.yaml"
+        )
+
+
 def launch(path: Path, module: str, arguments: list[str]) -> int:
     """Run `python -m module` in the configured processes; return the exit status of the first one that failed."""
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -96,6 +110,7 @@ def launch(path: Path, module: str, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     check_hosts(path)
+    check_device(path)
     # The processes have already printed their errors; torch would repeat them with a traceback.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipelines.runtime.launch import check_hosts
+from pipelines.runtime.launch import check_device, check_hosts
 from posttrain.errors import ConfigError
 
 TWO_HOSTS = (
@@ -35,3 +36,17 @@ def test_hosts_that_could_not_meet_are_refused(written: str, instead: str, messa
 def test_one_host_takes_a_free_port(root: Path) -> None:
     for path in sorted((root / "infra" / "accelerate").glob("*.yaml")):
         check_hosts(path)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_a_configuration_for_gpus_without_one_is_refused(root: Path) -> None:
+    files = root / "infra" / "accelerate"
+    for path in sorted(files.glob("*_cpu.yaml")):
+        check_device(path)
+    gpus = sorted(files.glob("*_gpu.yaml"))
+    assert len(gpus) == 2
+    for path in gpus:
+        with pytest.raises(
+            ConfigError, match=r"for GPUs \(use_cpu: false\), but PyTorch .* sees none.*fsdp2_cpu\.yaml"
+        ):
+            check_device(path)
