@@ -24,7 +24,7 @@ from posttrain.models.allocator import keep_heap
 from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy, Scorer
-from posttrain.models.scorers import start_scorer
+from posttrain.models.scorers import load_scorer
 from posttrain.rewards.sources import RewardBatch
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
@@ -152,7 +152,7 @@ def sft(job: Job, device: Accelerator) -> tuple[Any, ...]:
 def rm(job: Job, device: Accelerator) -> tuple[Any, ...]:
     rows = [RewardPair(Tokens(tuple(p), tuple(c)), Tokens(tuple(p), tuple(r))) for p, c, r in job["rows"]]
     return (
-        _trainer(job, Scorer(start_scorer(job["model"])), device),
+        _trainer(job, Scorer(load_scorer(job["model"])), device),
         InOrder(rows, job["batch"]),
         RewardObjective(0.01),
     )

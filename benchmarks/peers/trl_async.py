@@ -6,7 +6,6 @@ kernel's place, with its signature. The worker hands out the job's answers with 
 
 from __future__ import annotations
 
-import gc
 import queue
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -65,8 +64,6 @@ def as_on_a_gpu() -> None:
 def async_grpo(job: Job, settings: Job, tokenizer: Any) -> AsyncGRPOTrainer:
     """Prepare a trainer whose loss is a mean over the tokens of an update: one micro-batch, or several of equal numbers of tokens."""
     as_on_a_gpu()
-    gc.collect()
-    gc.freeze()  # Training begins with a full collection, which here would walk through all imported modules in the timed run.
     args = AsyncGRPOConfig(
         **settings, epsilon=0.2, epsilon_high=0.28, num_generations=job["samples"], max_completion_length=job["new_tokens"],
         token_budget=-1, max_staleness=job["steps"] + 2, model_init_kwargs={"dtype": "float32"},
