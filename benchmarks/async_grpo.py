@@ -81,7 +81,7 @@ def main() -> None:
 def given_job(case: Case, model: str, seed: int, given: bool) -> dict[str, Any]:
     """Return a job with answers and the log-probabilities of the policy that sampled them: the model's, with an error of 0.1 nats.
 
-    The error stands for older weights. It makes the ratios differ from 1, so that some tokens are clipped.
+    The error imitates older weights. It makes the ratios differ from 1, so that some tokens are clipped.
     """
     work = job(case, model, seed, given)
     drawn = np.random.Generator(np.random.PCG64(seed))

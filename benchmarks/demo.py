@@ -35,11 +35,11 @@ def group(stage: str) -> str:
     return f"align: {GROUPS.get(item.rpartition('-')[0], 'logged pairs')}" if kind == "align" else kind
 
 
-def alone(above: Mapping[str, Sequence[str]]) -> set[str]:
+def by_themselves(above: Mapping[str, Sequence[str]]) -> set[str]:
     """Return the stages next to which no other one can run: each other one is needed by it, or needs it.
 
     Example:
-        >>> sorted(alone({"sft": [], "dpo": ["sft"], "grpo": ["sft"], "compare": ["dpo", "grpo"]}))
+        >>> sorted(by_themselves({"sft": [], "dpo": ["sft"], "grpo": ["sft"], "compare": ["dpo", "grpo"]}))
         ['compare', 'sft']
     """
     needs: dict[str, set[str]] = {}
@@ -68,11 +68,13 @@ def table(flow: FlowTime, project: Path) -> str:
     chain, cores = critical_path(expected), available_cores()
     seconds = sum(expected[name].seconds for name in chain)
     worked = {stage.name: stage.work for stage in flow.ran if stage.name in expected}
-    single = sum(worked[name] for name in alone({name: each.after for name, each in expected.items()}) & worked.keys())
+    single = sum(
+        worked[name] for name in by_themselves({name: each.after for name, each in expected.items()}) & worked.keys()
+    )
     lines += [
         "",
         f"Flow: {flow.wall:.1f} s on {cores} cores. Longest chain: {', '.join(chain)}: {seconds:.1f} s.",
-        f"Work of stages that run alone: {single:.1f} s; that of the others, evenly on {cores} cores: {(work - single) / cores:.1f} s;"
+        f"Work of stages that run by themselves: {single:.1f} s; the others, evenly on {cores} cores: {(work - single) / cores:.1f} s;"
         f" together {single + (work - single) / cores:.1f} s without any process, import or DVC.",
     ]
     return "\n".join(lines)

@@ -42,8 +42,8 @@ class Printed:
     def timings(self, step: int, values: Mapping[str, float]) -> None:
         """Ignore timings: the steps are timed here."""
 
-    def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
-        raise RuntimeError(f"step {step}: {told}")
+    def faults(self, step: int, found: Sequence[Mapping[str, Any]]) -> None:
+        raise RuntimeError(f"step {step}: {found}")
 
     def truncate_after(self, step: int) -> None:
         """Do nothing: printed steps stay."""

@@ -23,7 +23,7 @@ from posttrain.errors import ConfigError, ModelError
 
 FLOAT32_BYTES = 4
 UNCOMPILED_STEP, UNCOMPILED_WIDE_STEP = 13.25, 6
-"""Float32 copies of a weight that one step of torchao's AdamW holds on a CPU, where it is not compiled (measured): with moments in 8 bits,
+"""Float32 copies of a weight that one step of torchao's AdamW holds on a CPU, uncompiled (measured): with moments in 8 bits,
 and for embeddings, whose moments stay in 32 bits."""
 MOMENT_BYTES = {32: 4, 8: 1 + 4 / 256}
 """Bytes of a number of a moment by its bits; in 8 bits, each block of 256 numbers has a float32 scale."""

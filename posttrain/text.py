@@ -92,7 +92,7 @@ def normalised(text: str) -> str:
 
 
 def as_prompt(text: str) -> str:
-    """Return the text as prompts are told apart: `normalised`, and without spaces around the signs of a formula.
+    """Return the text as prompts are compared: `normalised`, and without spaces around the signs of a formula.
 
     Example:
         >>> as_prompt("15 + 0 ="), as_prompt("15+0="), as_prompt("1, 234"), as_prompt("1,234")

@@ -79,8 +79,8 @@ class Numbers:
     def timings(self, step: int, values: Mapping[str, float]) -> None:
         """Ignore timings: the whole run is timed."""
 
-    def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
-        raise RuntimeError(f"step {step}: {told}")
+    def faults(self, step: int, found: Sequence[Mapping[str, Any]]) -> None:
+        raise RuntimeError(f"step {step}: {found}")
 
     def truncate_after(self, step: int) -> None:
         """Do nothing: every job is a new run."""

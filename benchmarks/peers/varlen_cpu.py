@@ -38,7 +38,7 @@ def varlen_attention(
     Segments of equal lengths are one call of SDPA, which takes its fused CPU kernel.
     """
     if not causal or window_size != (-1, -1):
-        raise NotImplementedError(f"causal={causal}, window_size={window_size}: only full causal attention is needed")
+        raise ValueError(f"causal={causal}, window_size={window_size}: only full causal attention is needed")
     lengths = [[stop - start for start, stop in pairwise(at.tolist())] for at in (query_offsets, key_offsets)]
     queries, keys, values = query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1])
     by_shape: dict[tuple[int, int], list[int]] = {}

@@ -127,7 +127,7 @@ class OptimizerParams(Section):
     moment_bits: Literal[8, 32] = OptimizerSettings.moment_bits
     """Bits of a number of AdamW's two moments. 8: block-wise quantised (2110.02861), by torchao; a quarter of the memory."""
     offload: bool = OptimizerSettings.offload
-    """Keep the moments, and a second copy of the trained weights, in main memory, where the CPU computes the step. For GPUs."""
+    """Keep the moments, and a second copy of the trained weights, in main memory; the CPU computes the step. For GPUs."""
 
     @model_validator(mode="after")
     def _offloaded_moments_are_whole(self) -> OptimizerParams:

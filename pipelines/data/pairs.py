@@ -96,7 +96,7 @@ def _require_graded(records: Sequence[Record], graded: GradedAnswers, where: str
                 _require_place(records, f"{column}.{graded.text}", f"{place}.text", at, absent)
             if not found:
                 raise DataError(
-                    f"{place}.columns: {column} holds answers without scores of their own ({shortened(at(records[0], column))}), and a"
+                    f"{place}.columns: {column} holds answers without scores ({shortened(at(records[0], column))}), and a"
                     f" score is read from within its answer: {column}: {{text: …, {graded.score}: …}}. Write the file so, or put answers"
                     " and scores into two lists of each record: graded: {answers: LIST, score: LIST}"
                 )

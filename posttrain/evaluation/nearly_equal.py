@@ -108,7 +108,7 @@ def _beta_quantile(a: float, b: float, share: float) -> float:
 
 def _beta_share(a: float, b: float, x: float) -> float:
     """Return the regularised incomplete beta function by Lentz's continued fraction (DLMF 8.17.22)."""
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly
+    if x > (a + 1) / (a + b + 2):  # the fraction converges slowly here
         return 1 - _beta_share(b, a, 1 - x)
     logs = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))

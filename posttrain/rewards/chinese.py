@@ -105,7 +105,7 @@ def _whole(text: str) -> int | None:
 
 
 def _rest(text: str, unit: int) -> int | None:
-    """Return the value of the signs after a unit; one digit alone counts the next smaller unit, as in `a hundred two` for 120."""
+    """Return the value of the signs after a unit; a single digit counts the next smaller unit, as in `a hundred two` for 120."""
     if not text:
         return 0
     if text[0] in "零〇":

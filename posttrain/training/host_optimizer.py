@@ -1,4 +1,4 @@
-"""AdamW whose moments, and a second copy of the trained weights, are in main memory, where the CPU computes the step.
+"""AdamW whose moments, and a second copy of the trained weights, are in main memory; the CPU computes the step.
 
 A device then holds 8 bytes a trained weight, for the weight and its gradient, in place of 16. Each step sends a gradient to main memory and
 a weight back, 8 bytes together. The numbers are those of AdamW on a CPU.
