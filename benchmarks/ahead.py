@@ -18,19 +18,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 
 import numpy as np
 import psutil
 import torch
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
-
 import posttrain as pt
+from benchmarks.silent import Silent
 from posttrain.algorithms.grpo import GRPO
 from posttrain.api import Model
 from posttrain.environments.arithmetic import rows as arithmetic
@@ -67,26 +68,17 @@ WARM_UP = 3
 """Steps at the start that are not timed: the process starts, and kernels are chosen."""
 
 
-class Timings:
+class Timings(Silent):
     """Keeps the timings of every step."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, float]] = []
 
-    def metrics(self, step: int, values: Any) -> None:
-        pass
-
-    def timings(self, step: int, values: Any) -> None:
+    def timings(self, step: int, values: Mapping[str, float]) -> None:
         """Add the wall time, and the processor seconds of this process and of the one that samples."""
         sampler = [child.cpu_times() for child in psutil.Process().children()]
         used = sum(times.user + times.system for times in sampler)
         self.kept.append({**values, "at": time.perf_counter(), "trainer": time.process_time(), "sampler": used})
-
-    def truncate_after(self, step: int) -> None:
-        pass
-
-    def stop_requested(self) -> bool:
-        return False
 
 
 def start(work: Work) -> Model:

@@ -16,17 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare GPU box has no installed package
 
+from benchmarks.silent import Silent
+
 STEPS, KILLED_AT = 6, 4
 KINDS = ("sft", "grpo")
 
 
-class Printed:
+class Printed(Silent):
     """A recorder that prints every step, and may end the process."""
 
     def __init__(self, kill_at: int | None) -> None:
@@ -38,18 +40,6 @@ class Printed:
         print(json.dumps([step, values["loss"], values["grad_norm"], seconds]), flush=True)
         if step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-
-    def timings(self, step: int, values: Mapping[str, float]) -> None:
-        """Ignore timings: the steps are timed here."""
-
-    def faults(self, step: int, found: Sequence[Mapping[str, Any]]) -> None:
-        raise RuntimeError(f"step {step}: {found}")
-
-    def truncate_after(self, step: int) -> None:
-        """Do nothing: printed steps stay."""
-
-    def stop_requested(self) -> bool:
-        return False
 
 
 def train(folder: Path, kind: str, kill_at: int | None, tiny: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from benchmarks.silent import Silent
 from posttrain.algorithms import DAPO, DPO, GRPO, GSPO
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.tokens import Tokens
@@ -67,7 +68,7 @@ class InOrder:
         """Do nothing: the order is the table's."""
 
 
-class Numbers:
+class Numbers(Silent):
     """A recorder that keeps loss and gradient norm of every step."""
 
     def __init__(self) -> None:
@@ -75,18 +76,6 @@ class Numbers:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.kept.append(dict(values))
-
-    def timings(self, step: int, values: Mapping[str, float]) -> None:
-        """Ignore timings: the whole run is timed."""
-
-    def faults(self, step: int, found: Sequence[Mapping[str, Any]]) -> None:
-        raise RuntimeError(f"step {step}: {found}")
-
-    def truncate_after(self, step: int) -> None:
-        """Do nothing: every job is a new run."""
-
-    def stop_requested(self) -> bool:
-        return False
 
 
 class GivenAnswers:
