@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
@@ -27,11 +28,9 @@ from torch.utils._pytree import tree_map_only
 from posttrain.data.offsets import OFFSETS
 from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.varlen import KERNELS, Kernel
-from posttrain.rollouts.budget import max_tokens
-from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.drawing import running_sums
 from posttrain.rollouts.engine import Request, SamplingSettings
-from posttrain.rollouts.native import NativeEngine
+from posttrain.rollouts.native import NativeEngine, _Sampling
 from posttrain.rollouts.steps import RECORDERS
 from posttrain.training.sums import Sums
 from posttrain.training.trainer import Trainer
@@ -179,12 +178,18 @@ def head() -> dict[str, Any]:
 
 def stored() -> int:
     """Return how many tokens the sampler stores on the device."""
-    with pretending():
+    limits = []
+
+    class Watched(_Sampling):
+        def __init__(self, *given: Any) -> None:
+            limits.append(given[4])
+            super().__init__(*given)
+
+    with pretending(), patch("posttrain.rollouts.native._Sampling", Watched):
         lm = small.language_model().to(DEVICE)
-        decoder = decoder_of(lm, bf16=False)
-        assert isinstance(decoder, Decoder), decoder
-        with decoder.decoding():
-            return max_tokens(lm.device, decoder.token_bytes())
+        NativeEngine(lm, ()).sample([Request((5, 6), ((0,),))], SamplingSettings(1, 1.0))
+    (limit,) = limits
+    return int(limit)
 
 
 def per_token(recorded: bool) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """A pretend accelerator: its tensors report a separate device, compute on the CPU, refuse to meet CPU tensors, and count costs of a GPU.
 
 A GPU runs ahead of the program until the program asks for a value. This module counts those waits (`syncs`), copies between the host and
-the device (`copies`) and started kernels (`launches`) per line of the project's code, without a GPU.
+the device (`copies`) and started kernels (`launches`) per line of the project's code, without a GPU. A copy to the device waits as well
+unless it is asked not to (`non_blocking`): CUDA then first finishes everything before it.
 
 It is a Python backend on PyTorch's PrivateUse1 device: a dispatch mode unwraps tensors, runs the operator on the CPU and wraps the result.
 """
@@ -27,10 +28,21 @@ FREE_BYTES = 2**20
 ROOT = Path(__file__).parents[2]
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("posttrain", "pipelines"))
 MOVES = ("posttrain/data/transfer.py", "posttrain/data/batches.py")
+WAIT_LATER = ("posttrain/training/host_optimizer.py",)
+"""Files that wait for their copies to the host before they read them."""
+PIN = ("posttrain/data/transfer.py", *WAIT_LATER)
+"""Files that copy from pinned memory. CUDA waits for a copy from other memory, whatever it is asked."""
 aten = torch.ops.aten
-WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
-         aten._unique2.default, aten.repeat_interleave.Tensor, aten.is_nonzero.default}  # fmt: skip
-"""Operators whose result needs a value on the host: a number, or a shape."""
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "allclose", "is_nonzero", "_unique2", "unique_consecutive",
+         "unique_dim", "unique_dim_consecutive", "bincount", "multinomial", "embedding_renorm_", "_linalg_check_errors", "linalg_cholesky",
+         "cholesky", "linalg_inv", "linalg_solve", "linalg_eigh", "linalg_eig", "linalg_lstsq"}  # fmt: skip
+"""Operators whose result needs a value on the host: a number, a shape, or a test of the input. `repeat_interleave` does unless it is given
+its size."""
+ABSENT = {"histogram", "histogramdd", "mkldnn_linear", "_scaled_dot_product_flash_attention_for_cpu",
+          "_scaled_dot_product_flash_attention_for_cpu_backward"}  # fmt: skip
+"""Operators without a kernel for CUDA."""
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"}
+"""Operators whose kernels for CUDA take no whole numbers."""
 COPIES = {aten._to_copy.default, aten.copy_.default}
 REFUSED = {aten.put_.default, aten.histc.default, aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default,
            aten._ctc_loss_backward.default, aten.median.dim, aten.kthvalue.default, aten.nanmedian.dim}  # fmt: skip
@@ -156,7 +168,7 @@ class Pretend(TorchDispatchMode):
         if not ours and target != NAME:
             return func(*args, **kwargs)
         if func is aten.copy_.default and len(ours) == 1:
-            self._count("copies", func)
+            self._moved(func, to_host=not isinstance(args[0], OnDevice), waits=not (len(args) > 2 and args[2]))
         else:
             others = [t for t in tensors if not isinstance(t, OnDevice) and t.dim() > 0]
             if others:
@@ -165,7 +177,8 @@ class Pretend(TorchDispatchMode):
                 )
             if torch.are_deterministic_algorithms_enabled() and _not_deterministic(func, args, kwargs):
                 raise RuntimeError(f"{func} does not have a deterministic implementation")
-            if func in WAITS or self._boolean_index(func, args):
+            _refuse_what_cuda_refuses(func, tensors, kwargs)
+            if _waits(func, kwargs) or self._boolean_index(func, args):
                 self._count("syncs", func)
             elif func.overloadpacket.__name__ not in VIEWS:
                 self._count("launches", func)
@@ -181,19 +194,26 @@ class Pretend(TorchDispatchMode):
     def _copied(self, func: Any, args: Any, kwargs: dict[str, Any], ours: bool, target: str | None) -> Any:
         lands = ours if target is None else target == NAME
         if lands != ours:
-            self._count("copies", func)
-            if not lands and not kwargs.get("non_blocking"):
-                self._count("syncs", func)
+            self._moved(func, to_host=not lands, waits=not kwargs.get("non_blocking"))
         elif lands:
             self._count("launches", func)
         raw = args[0].raw if ours else args[0]
         plain = func(raw, **(kwargs | ({"device": torch.device("cpu")} if target else {})))
         return OnDevice(plain) if lands else plain
 
+    def _moved(self, func: Any, to_host: bool, waits: bool) -> None:
+        """Count a copy between host and device."""
+        if to_host and not waits and not _asked_in(*WAIT_LATER):
+            raise RuntimeError(f"{func}: a copy to the host without a wait may be read before it has arrived")
+        self._count("copies", func)
+        if waits or not _asked_in(*PIN):
+            self._count("syncs", func)
+
     def copied_below(self, source: torch.Tensor) -> None:
         """Count a copy that did not pass the dispatch mode; an empty tensor, such as that of a new cache, is no copy."""
         if source.numel():
             self.counts.copies[f"{_place()} tensor"] += 1
+            self.counts.syncs[f"{_place()} tensor"] += 1
 
     @staticmethod
     def _boolean_index(func: Any, args: Any) -> bool:
@@ -215,6 +235,34 @@ def _not_deterministic(func: Any, args: Any, kwargs: Any) -> bool:
     if func.overloadpacket is aten.scatter_reduce:
         return "prod" in args
     return func in REFUSED
+
+
+def _waits(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Return True if the operator's result needs a value on the host."""
+    if func is aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
+    return func.overloadpacket.__name__ in WAITS
+
+
+def _refuse_what_cuda_refuses(func: Any, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
+    """Raise RuntimeError for an operator that the CPU computes and CUDA does not."""
+    name, generator = func.overloadpacket.__name__, kwargs.get("generator")
+    if generator is not None and generator.device.type != NAME:
+        raise RuntimeError(f"{func}: expected a generator of {DEVICE}, found one of {generator.device}")
+    if name in ABSENT:
+        raise RuntimeError(f"{func} is not implemented for {NAME}")
+    if name in PRODUCTS and not all(tensor.is_floating_point() for tensor in tensors):
+        raise RuntimeError(f"{func} is not implemented for {tensors[0].dtype} on {NAME}")
+
+
+def _asked_in(*paths: str) -> bool:
+    """Return True if one of these files of the project is in the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(paths):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _place() -> str:

@@ -162,16 +162,24 @@ def adapted(folder: Path, accelerator: Accelerator) -> list[dict[str, Tensor]]:
 
 
 def in_bf16(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the loss under bfloat16, the precision in which layers and gradients are held, and whether trials stayed exact."""
+    """Return the loss under bfloat16, the precision in which layers and gradients are held, and whether trials stayed exact.
+
+    `cached` holds True if autocast would keep a copy of each gathered weight.
+    """
     policy = loaded(folder, accelerator)
-    seen = set()
+    seen, cached = set(), set()
     layer: Any = policy.lm.model.layers[0]  # type: ignore[union-attr, index]
     layer.mlp.down_proj.register_forward_hook(lambda module, *_: seen.add(module.weight.dtype))
+    layer.register_forward_pre_hook(
+        lambda *_: cached.add(torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled())
+    )
     with gathered(policy):
         answers = NativeEngine(policy.lm, small.EOS).sample(REQUESTS, SETTINGS)
     metrics = updated(trainer_of(policy, accelerator), 1)
     held = {parameter.dtype for parameter in policy.parameters()}
-    return {"loss": metrics["loss"], "seen": seen, "held": held, "packs": policy.packs, "answers": len(answers[0])}
+    return {
+        "loss": metrics["loss"], "seen": seen, "held": held, "packs": policy.packs, "answers": len(answers[0]), "cached": cached,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

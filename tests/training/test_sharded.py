@@ -112,4 +112,5 @@ def test_bf16_gathers_layers_in_bf16_and_keeps_float32_weights(found: dict[str, 
     for two in found["two"]:
         assert two["bf16"] == {
             "loss": loss, "seen": {torch.bfloat16}, "held": {torch.float32}, "packs": True, "answers": 3,
+            "cached": {False},
         }  # fmt: skip
