@@ -39,7 +39,8 @@ from tasks.pool.settings import read_settings
 from tasks.pool.snapshot import inputs_of, read_paths
 from tasks.pool.transfer import find_stage, opened, pull_inputs, push_results
 from tasks.process import start
-from tasks.slots import SEVERAL_PROCESSES, has_several_processes, lease, machine_slots
+from tasks.samplers import stage_slots
+from tasks.slots import SEVERAL_PROCESSES, has_several_processes, lease
 from tasks.stage import dvc_command, grace_seconds
 
 END_SECONDS = 60.0
@@ -90,7 +91,7 @@ def _run_once(root: Path, stage: str, rank: int, settings: dict[str, Any], stopp
         pull_inputs(repo, stage)
     if rank == 0:
         return _run_first(root, stage, settings, stopped)
-    return _start(root, ["/bin/sh", "-c", command], settings, stopped)
+    return _start(root, stage, ["/bin/sh", "-c", command], settings, stopped)
 
 
 def _run_first(root: Path, stage: str, settings: dict[str, Any], stopped: Event) -> int:
@@ -105,7 +106,7 @@ def _run_first(root: Path, stage: str, settings: dict[str, Any], stopped: Event)
     # restored from a cache, it would not meet the other hosts
     command = [*dvc_command(stage, "stage", refresh=False), "--force"]
     with copies.made():
-        status = _start(root, command, settings, stopped)
+        status = _start(root, stage, command, settings, stopped)
     if status == 0:
         push_results(root, stage)
         checkpoints.remove(root, key)
@@ -121,13 +122,13 @@ def order_of(root: Path, stage: str) -> StageOrder:
     return StageOrder(stage, "", files, inputs_of(node, paths, read_lock(root)))
 
 
-def _start(root: Path, command: list[str], settings: dict[str, Any], stopped: Event) -> int:
+def _start(root: Path, stage: str, command: list[str], settings: dict[str, Any], stopped: Event) -> int:
     """Run a command that starts this host's processes, on leased devices. A signal ends them and sets `stopped`."""
     with TemporaryDirectory(prefix="posttrain-") as folder:
         path = Path(folder) / "accelerate.yaml"
         # JSON is YAML too, and quotes `no`, which accelerate would read as a boolean
         path.write_text(json.dumps(settings), encoding="utf-8")
-        slots = machine_slots({**os.environ, VARIABLE: str(path)})
+        slots = stage_slots(root, stage, {**os.environ, VARIABLE: str(path)})
         with lease(slots, stopped) as held:
             process = start(
                 command,

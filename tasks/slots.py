@@ -3,7 +3,7 @@
 A slot is a lock file in a directory that all flows of the machine share (POSTTRAIN_LEASES, default <tmp>/posttrain-slots).
 POSTTRAIN_SLOTS sets the number of slots; the default is one per CUDA device, else one per CPU core with 2 GiB of memory. If
 POSTTRAIN_ACCELERATE starts n processes per stage that trains or evaluates, the slot of such a stage is n devices or cores and holds the
-lock of each.
+lock of each. Devices of samplers (tasks/samplers.py) are no slots.
 """
 
 from __future__ import annotations
@@ -58,26 +58,35 @@ def has_several_processes(stage: str) -> bool:
     return stage.partition("@")[0] in SEVERAL_PROCESSES
 
 
-def machine_slots(environ: Mapping[str, str] = os.environ, several: bool = True) -> list[Slot]:
+def machine_slots(environ: Mapping[str, str] = os.environ, several: bool = True, samples: bool = False) -> list[Slot]:
     """Return the slots of this machine; with more slots than devices, several stages share a device.
 
     Args:
         several: False for a stage that is one process even if POSTTRAIN_ACCELERATE asks for more.
+        samples: True for a stage that also uses the samplers' devices, so each of its slots holds their locks.
     """
-    devices, each = cuda_devices(environ), processes(configuration(environ)) if several else 1
+    present, samplers = cuda_devices(environ), _sampler_devices(environ)
+    devices = [name for name in present if name not in samplers]
+    each = processes(configuration(environ)) if several else 1
+    if present and not devices:
+        raise OrchestrationError(
+            f"{' and '.join(named_samplers(environ))}: all {len(present)} devices that stages may use, so none is left for training. Name"
+            " fewer, or unset POSTTRAIN_VLLM_DEVICES, so that server and trainer share a device"
+        )
     if devices and len(devices) < each:
         raise OrchestrationError(
             f"POSTTRAIN_ACCELERATE asks for {each} processes per stage, but this machine has {len(devices)} devices; lower num_processes"
         )
     count = _requested_slots(environ) or len(devices) // each or max(1, _cpu_slots() // each)
     groups = [range(i * each, (i + 1) * each) for i in range(count)]
+    also = tuple(f"{device.replace('/', '_')}.0" for device in samplers) if samples else ()
     if not devices:
-        return [Slot(tuple(f"cpu-{i}" for i in group), None) for group in groups]
+        return [Slot((*(f"cpu-{i}" for i in group), *also), None) for group in groups]
     slots = []
     for group in groups:
         members = [(devices[i % len(devices)], i // len(devices)) for i in group]
         names = tuple(f"{device.replace('/', '_')}.{share}" for device, share in members)
-        slots.append(Slot(names, ",".join(device for device, _ in members)))
+        slots.append(Slot((*names, *also), ",".join(device for device, _ in members)))
     return slots
 
 
@@ -87,11 +96,31 @@ def cuda_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
     if visible is not None and visible.strip() in ("", "-1"):
         return []
     present = parse_devices(_nvidia_smi())
-    if visible is None:
-        return present
+    return present if visible is None else _resolved(visible, present)
+
+
+def named_samplers(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the variables, with their values, that name devices for what samples next to a trainer: `NAME = VALUE`.
+
+    Servers that run already have their own devices, whatever POSTTRAIN_VLLM_DEVICES says.
+    """
+    names = ["POSTTRAIN_SAMPLER_DEVICES", *([] if environ.get("POSTTRAIN_VLLM_URLS") else ["POSTTRAIN_VLLM_DEVICES"])]
+    given = {name: environ.get(name, "").strip() for name in names}
+    return [f"{name} = {value}" for name, value in given.items() if value not in ("", "-1")]
+
+
+def _sampler_devices(environ: Mapping[str, str]) -> list[str]:
+    named = [text.partition(" = ")[2] for text in named_samplers(environ)]
+    # they replace CUDA_VISIBLE_DEVICES, so their indices count all devices
+    return _resolved(",".join(named), parse_devices(_nvidia_smi())) if named else []
+
+
+def _resolved(visible: str, present: Sequence[str]) -> list[str]:
+    """Return the devices that a list names, each once."""
     names = [name.strip() for name in visible.split(",") if name.strip()]
     # The meaning of an index depends on the order of devices; a UUID is the same for every flow.
-    return [present[int(name)] if name.isdigit() and int(name) < len(present) else name for name in names]
+    found = [present[int(name)] if name.isdigit() and int(name) < len(present) else name for name in names]
+    return [*dict.fromkeys(found)]
 
 
 def parse_devices(listing: str) -> list[str]:

@@ -27,7 +27,8 @@ from tasks.lock_copy import keep_lock, mend_lock
 from tasks.log import StageLog, StageOutcome
 from tasks.process import chunks, end, start
 from tasks.remote import restore_missing
-from tasks.slots import Lease, has_several_processes, lease, machine_slots
+from tasks.samplers import stage_slots
+from tasks.slots import Lease, lease
 
 RETRY_SECONDS = [1, 2, 4, 8]
 CATCH_UP_SECONDS = 60.0
@@ -92,7 +93,7 @@ def bring_up_to_date(
     if current:
         now = time.time()
         return StageResult(name, "up-to-date", 0.0, now, now)
-    slots = machine_slots(several=has_several_processes(name))
+    slots = stage_slots(Path(root), name)
     with lease(slots, stop, on_wait=lambda: print_line(f"{name:<24} waits for a free slot")) as held:
         print_line(f"{name:<24} started" + (f" on {held.slot.device}" if held.slot.device else ""))
         project, command = Path(root), dvc_command(name, kind, refresh=refresh)

@@ -26,7 +26,8 @@ from tasks.pool.requests import own_retries
 from tasks.pool.settings import WorkerSettings
 from tasks.pool.transfer import opened, patiently, pull_inputs, push_results
 from tasks.pool.tree import NoCommit, check_out, free_tree
-from tasks.slots import has_several_processes, lease, machine_slots
+from tasks.samplers import stage_slots
+from tasks.slots import lease
 from tasks.stage import StageFailed, dvc_command, run_logged
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ class _Work:
                 self._fetch(tree)
             with (
                 self._phase("waiting"),
-                lease(machine_slots(several=has_several_processes(order.name)), self.lease.stop) as slot,
+                lease(stage_slots(tree, order.name), self.lease.stop) as slot,
             ):
                 record.seconds["waiting"] = round(time.monotonic() - self._began, 3)
                 with self._phase("running"), self._copies(tree).made():
