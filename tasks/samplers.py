@@ -1,4 +1,4 @@
-"""Devices of samplers: a server or process that an on-policy stage starts next to its trainer, on devices that the environment names.
+"""Lease the devices on which an on-policy stage starts a vLLM server, or a sampling process, next to its trainer.
 
 The variables name the same devices for every stage of a flow. So no stage trains on them, and stages that sample wait for each other.
 """
