@@ -100,9 +100,9 @@ def cuda_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def named_samplers(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the variables, with their values, that name devices for what samples next to a trainer: `NAME = VALUE`.
+    """Return the variables, with their values, that name devices for samplers next to a trainer: `NAME = VALUE`.
 
-    Servers that run already have their own devices, whatever POSTTRAIN_VLLM_DEVICES says.
+    POSTTRAIN_VLLM_DEVICES has no effect on servers that run already.
     """
     names = ["POSTTRAIN_SAMPLER_DEVICES", *([] if environ.get("POSTTRAIN_VLLM_URLS") else ["POSTTRAIN_VLLM_DEVICES"])]
     given = {name: environ.get(name, "").strip() for name in names}

@@ -77,7 +77,8 @@ class _Module:
         pass
 
     def synchronize(self, device: Any = None) -> None:
-        pass
+        if _ACTIVE is not None:
+            _ACTIVE.arrive()
 
     def empty_cache(self) -> None:
         pass
@@ -153,6 +154,14 @@ class Pretend(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counts()
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Copies to the host that have not arrived: their targets and values."""
+
+    def arrive(self) -> None:
+        """Complete the copies to the host."""
+        for target, value in self.pending:
+            target.copy_(value)
+        self.pending.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -168,7 +177,11 @@ class Pretend(TorchDispatchMode):
         if not ours and target != NAME:
             return func(*args, **kwargs)
         if func is aten.copy_.default and len(ours) == 1:
-            self._moved(func, to_host=not isinstance(args[0], OnDevice), waits=not (len(args) > 2 and args[2]))
+            waits, to_host = not (len(args) > 2 and args[2]), not isinstance(args[0], OnDevice)
+            self._moved(func, to_host, waits)
+            if to_host and not waits:
+                self.pending.append((args[0], args[1].raw.clone()))
+                return args[0].fill_(torch.nan)
         else:
             others = [t for t in tensors if not isinstance(t, OnDevice) and t.dim() > 0]
             if others:
