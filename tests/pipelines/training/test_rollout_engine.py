@@ -100,6 +100,8 @@ def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
     align(second, "grpo", 0, device, MODEL)
     steps = steps_of(second)
     assert list(steps) == [1, 2, 3]
+    kernels = [r["attention"] for r in read(second.context.state / "measurements.jsonl") if r["kind"] == "kernels"]
+    assert kernels == ["scaled dot-product attention with masks"] * 2
     assert all(values["mismatch/max"] < 1e-5 for values in steps.values())
     # exactly on-policy: the ratio is the trainer's own, whatever the sampler said
     assert all(values["ratio/min"] == values["ratio/max"] == 1.0 for values in steps.values())
@@ -313,6 +315,11 @@ def test_a_server_is_started_as_the_environment_says(
     invariant = _own_server(Path("log"), "models/sft", 49, bf16=False, invariant=True)
     assert isinstance(invariant, LocalServer)
     assert invariant.launch.environment == {"CUDA_VISIBLE_DEVICES": "1", "VLLM_BATCH_INVARIANT": "1"}
+    assert invariant.launch.memory_share is None
+    monkeypatch.delenv("POSTTRAIN_VLLM_DEVICES")
+    sharing = _own_server(Path("log"), "models/sft", 49, bf16=False, share=lambda: 0.4)
+    assert isinstance(sharing, LocalServer)
+    assert (sharing.launch.memory_share, sharing.launch.environment) == (0.4, {})
     monkeypatch.setenv("POSTTRAIN_TENSOR_PARALLEL", "2")
     with pytest.raises(ConfigError, match=r"POSTTRAIN_TENSOR_PARALLEL = 2 splits each layer.*engine: vllm"):
         engine(run, params)
@@ -338,3 +345,16 @@ def test_deterministic_kernels_are_a_setting(
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_missing_device_and_processes_with_other_keys_are_refused(
+    new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, compute = new_run().context, params.align.compute
+    monkeypatch.setattr("posttrain.distributed.gather_texts", lambda _, key: [key, "other"])
+    with pytest.raises(ConfigError, match="rank 1 has other parameters"):
+        accelerator(context, compute, 0, Path("models/sft"))
+    if not torch.accelerator.is_available():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7")
+        with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES = GPU-7, but PyTorch"):
+            accelerator(context, compute, 0, Path("models/sft"))
