@@ -45,7 +45,9 @@ from posttrain.models.context import (
     padded_length,
     tokens_for_heads,
 )
+from posttrain.models.flash import version
 from posttrain.models.fused import fuse
+from posttrain.models.kernel_trial import refusal, refusal_of
 from posttrain.models.kernels import Scores, attention
 from posttrain.models.last_layer import narrow_last_layer
 from posttrain.models.reach import SMALL_WINDOW, find_reach, probe_ids, shrunk
@@ -148,7 +150,8 @@ def _attended(found: Parts, query: Tensor, key: Tensor, value: Tensor, scores: S
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = (states.to(dtype) for states in (query, key, value))
-        if scores.softcap is None and takes_size(query.shape[-1], value.shape[-1]):
+        fits = scores.softcap is None and takes_size(query.shape[-1], value.shape[-1])
+        if fits and not refusal(query, key, scores):
             outputs = varlen_attention(query, key, value, first, scores)
             return outputs, None if first.in_order else first.own.queries
         found = _masked(first, query.device)
@@ -310,7 +313,16 @@ def attention_name(module: nn.Module, device: torch.device) -> str:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     by_offsets = takes_offsets(device) and takes_size(size, getattr(config, "v_head_dim", None) or size)
     by_offsets = by_offsets and getattr(config, "attn_logit_softcapping", None) is None
-    name = "FlashAttention by offsets" if by_offsets else "scaled dot-product attention with masks"
+    name = "scaled dot-product attention with masks"
+    if by_offsets:
+        heads = (
+            config.num_attention_heads,
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            size,
+        )
+        reason = refusal_of(device, torch.get_autocast_dtype(device.type), heads)
+        flash = f"FlashAttention{version()} by offsets"
+        name = f"{name}, because {flash} cannot be used here ({reason})" if reason else flash
     return name if reach is None else f"{name}; over padded rows beyond {reach} tokens"
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posttrain.data.offsets import ByOffsets, Offsets
+from posttrain.models.flash import use_newest
 from posttrain.models.kernels import PLAIN, Scores
 
 GREATEST_SIZE, SIZES = 256, 8
@@ -46,6 +47,7 @@ def _flash() -> Kernel:
     # it registers the operators, and takes a second because it imports the compiler
     import torch.nn.attention.varlen
 
+    use_newest()
     return Kernel(torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward)
 
 

@@ -31,6 +31,7 @@ ROWS = [
     Tokens((5,), ()),
     Tokens((6, 7), (1,) * 9),
 ]
+MASKS = "scaled dot-product attention with masks"
 a_prompt = st.sampled_from([(3,), (4, 5), (5, 6, 7, 8), (6,) * 9, (7,) * 30])
 batches = st.lists(st.builds(Tokens, a_prompt, st.lists(st.just(9), max_size=14).map(tuple)), min_size=1, max_size=9)
 
@@ -239,14 +240,18 @@ def test_pytorchs_operators_accept_what_they_are_given(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("device", "autocast", "name"),
+    ("device", "autocast", "reason", "name"),
     [
-        ("cuda", True, "FlashAttention by offsets"),
-        ("cuda", False, "scaled dot-product attention with masks"),
-        ("cpu", True, "scaled dot-product attention with masks"),
+        ("cuda", True, "", "FlashAttention by offsets"),
+        ("cuda", True, "an old GPU", f"{MASKS}, because FlashAttention by offsets cannot be used here (an old GPU)"),
+        ("cuda", False, "", MASKS),
+        ("cpu", True, "", MASKS),
     ],
 )
-def test_the_attention_is_named(device: str, autocast: bool, name: str) -> None:
+def test_the_attention_is_named(
+    device: str, autocast: bool, reason: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.models.packed.refusal_of", lambda *_: reason)
     # `torch.autocast("cuda")` does nothing without a GPU
     torch.set_autocast_enabled(device, autocast)
     try:
