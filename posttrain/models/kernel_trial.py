@@ -115,6 +115,6 @@ def _by_masks(query: Tensor, key: Tensor, value: Tensor, window: int | None, sin
         away = torch.arange(len(segment.seen), len(row))[:, None] - torch.arange(len(row))
         mask = (away >= 0) & (away < (window or len(row)))
         own = query[list(segment.queries)].transpose(0, 1)[None]
-        rows = (states.index_select(0, row).transpose(0, 1)[None] for states in (key, value))
-        outputs.append(attention(own, *rows, mask[None, None], Scores(sinks=sinks))[0].transpose(0, 1))
+        keys, values = (states.index_select(0, row).transpose(0, 1)[None] for states in (key, value))
+        outputs.append(attention(own, keys, values, mask[None, None], Scores(sinks=sinks))[0].transpose(0, 1))
     return torch.cat(outputs)
