@@ -1,6 +1,6 @@
 """Try the attention kernel of a device before its first use. A device, driver or package without it then costs speed, and not the run.
 
-The trial has a prompt that two responses share, and a row of its own. Outputs and gradients must be those of attention with masks in
+The trial has a prompt that two responses share, and a separate row. Outputs and gradients must be those of attention with masks in
 float32 on the CPU, up to the rounding of the kernel's dtype. A wrong mask or offset changes them by as much as they are.
 
 Example:
