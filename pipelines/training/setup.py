@@ -153,6 +153,8 @@ def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: P
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(compute.deterministic)
+    # cuDNN's attention compiles a plan for each shape, up to a second, and nearly every batch has new ones
+    torch.backends.cuda.enable_cudnn_sdp(False)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate does not connect the processes unless it is asked to use the CPU.
     on_cpu = world > 1 and not torch.accelerator.is_available()

@@ -61,6 +61,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
         outputs: Tensor = _HalfPrecision.apply(query, key, value, mask, scaling)
         return outputs
+    if stores_scores(query, key, mask):
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
     return scaled_dot_product_attention(
         query,
         key,
@@ -70,6 +72,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def stores_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Return True if a GPU would compute grouped heads with all scores in memory, [batch, heads, queries, keys].
+
+    Of PyTorch's kernels only FlashAttention groups heads, in half precision and without a mask. The memory-efficient one takes float32 and
+    masks, but no groups.
+    """
+    grouped = query.shape[1] != key.shape[1] and query.device.type != "cpu"
+    return grouped and (mask is not None or query.dtype not in (torch.bfloat16, torch.float16))
 
 
 def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:

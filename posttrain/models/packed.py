@@ -48,7 +48,7 @@ from posttrain.models.context import (
 from posttrain.models.flash import version
 from posttrain.models.fused import fuse
 from posttrain.models.kernel_trial import refusal, refusal_of
-from posttrain.models.kernels import Scores, attention
+from posttrain.models.kernels import Scores, attention, stores_scores
 from posttrain.models.last_layer import narrow_last_layer
 from posttrain.models.reach import SMALL_WINDOW, find_reach, probe_ids, shrunk
 from posttrain.models.varlen import takes_size, varlen_attention
@@ -138,7 +138,9 @@ def padded_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return attention over padded rows with transformers' mask, which contains the window."""
-    if scores.are_plain:
+    causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
+    square = mask is None and query.shape[2] == key.shape[2] > 1
+    if scores.are_plain and not (causal and square and stores_scores(query, key, mask)):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scores.scaling, **kwargs)
     return attention(query, key, value, mask, scores).transpose(1, 2), None
 

@@ -342,9 +342,11 @@ def test_deterministic_kernels_are_a_setting(
     try:
         accelerator(new_run().context, compute, 0, Path("models/sft"))
         assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_a_missing_device_and_processes_with_other_keys_are_refused(
