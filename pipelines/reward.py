@@ -152,7 +152,7 @@ def existing_model(run: Run, source: str) -> None:
     from posttrain.models.policy import Scorer
     from posttrain.models.scorers import load_scorer, scoring_pad
 
-    run.recorder.ready()
+    run.recorder.ready(device_name(device.device))
     encoder = load_encoder(source)
     scorer = Scorer(load_scorer(source)).to(device.device).eval()
     same = hasattr(scorer.model.config, "reward_mean") and reads_same_tokens(encoder, load_encoder(START))

@@ -90,7 +90,10 @@ def check_hosts(path: Path) -> None:
 
 
 def check_device(path: Path) -> None:
-    """Raise ConfigError if a configuration is for GPUs and PyTorch sees none: accelerate would train on the CPU without a word."""
+    """Raise ConfigError if a configuration is for more GPUs than PyTorch sees; without any, accelerate would train on the CPU.
+
+    Processes that share a GPU cannot exchange tensors: NCCL refuses them.
+    """
     import torch
 
     tree = read_yaml(path)
@@ -100,6 +103,12 @@ def check_device(path: Path) -> None:
             f"{path}: for GPUs (use_cpu: {str(tree.get('use_cpu', False)).lower()}), but PyTorch {torch.__version__} sees none, so the step"
             " would run on the CPU. Check the driver with `nvidia-smi`, and install a CUDA build of torch; or choose a file for the CPU,"
             " such as infra/accelerate/fsdp2_cpu.yaml"
+        )
+    there, asked = torch.accelerator.device_count(), processes(path)
+    if wants and asked > there:
+        raise ConfigError(
+            f"{path}: {asked} processes on this host, each with its own GPU, and PyTorch sees {there}"
+            f" (CUDA_VISIBLE_DEVICES = {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Lower num_processes, or make more GPUs visible"
         )
 
 

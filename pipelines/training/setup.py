@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -47,7 +48,8 @@ THREADS_FROM_PARAMETERS = 1_000_000
 Two threads are 1.8 times as fast as one at 3 million parameters, and 1.5 times at 0.4 million (benchmarks/scaling.md). Below this size,
 parallel stages use the cores better.
 """
-
+GROUP_SECONDS = 1800.0
+"""How long a process waits for the others in a collective operation. Rank 0 may start a vLLM server meanwhile, or score slowly."""
 
 Model = TypeVar("Model", bound="nn.Module")
 
@@ -140,6 +142,7 @@ def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: P
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
     from transformers.utils import logging
 
     from posttrain.distributed import gather_texts
@@ -158,7 +161,8 @@ def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: P
     world = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate does not connect the processes unless it is asked to use the CPU.
     on_cpu = world > 1 and not torch.accelerator.is_available()
-    made = Accelerator(cpu=on_cpu, mixed_precision="bf16" if compute.bf16 else "no")
+    patient = InitProcessGroupKwargs(timeout=timedelta(seconds=GROUP_SECONDS))
+    made = Accelerator(cpu=on_cpu, mixed_precision="bf16" if compute.bf16 else "no", kwargs_handlers=[patient])
     if made.num_processes != world:
         raise ConfigError(
             f"{world} processes were launched, but only {made.num_processes} are connected; start them with `accelerate launch`"

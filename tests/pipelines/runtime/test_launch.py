@@ -50,3 +50,16 @@ def test_a_configuration_for_gpus_without_one_is_refused(root: Path) -> None:
             ConfigError, match=r"for GPUs \(use_cpu: false\), but PyTorch .* sees none.*fsdp2_cpu\.yaml"
         ):
             check_device(path)
+
+
+def test_more_processes_than_gpus_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    path = root / "infra" / "accelerate" / "fsdp2_gpu.yaml"
+    check_device(path)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    words = r"2 processes on this host, each with its own GPU, and PyTorch sees 1 \(CUDA_VISIBLE_DEVICES = 0\).*num_processes"
+    with pytest.raises(ConfigError, match=words):
+        check_device(path)
+    check_device(root / "infra" / "accelerate" / "fsdp2_cpu.yaml")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.training.setup import _check_device, _threads, check_keys
+from pipelines.training.setup import GROUP_SECONDS, _check_device, _threads, check_keys
 from posttrain.errors import ConfigError
 from posttrain.models.folders import save_model
 from posttrain.models.tiny import TinyShape, tiny_model
+from posttrain.rollouts.vllm.local import START_SECONDS
 
 
 def saved(folder: Path, shape: TinyShape) -> Path:
@@ -37,6 +38,11 @@ def test_a_named_device_that_torch_does_not_see_is_refused() -> None:
         _check_device("cpu", "GPU-7")
     for kind, visible in (("cuda", "GPU-7"), ("cpu", ""), ("cpu", " "), ("cpu", "-1")):
         _check_device(kind, visible)
+
+
+def test_ranks_wait_for_a_server_that_rank_0_starts() -> None:
+    """Ten minutes, the default of NCCL, are less than a vLLM server may take."""
+    assert GROUP_SECONDS >= 2 * START_SECONDS
 
 
 def test_ranks_with_other_inputs_are_refused_by_number() -> None:
