@@ -3,9 +3,9 @@
     python -m pipelines.runtime.fork_server SOCKET [MODULE...]
 
 If POSTTRAIN_WARM=SOCKET is set, a step sends its arguments, environment, working directory and standard streams to the server, and
-waits for the fork's exit status. It forwards signals, and the fork dies with the step. The server imports only third-party modules
-in advance, so a step always runs the project's code as it is on disk; MODULE names more of them. Do not use it with GPUs: a CUDA driver
-does not survive a fork.
+waits for the fork's exit status. It forwards signals, and the fork dies with the step. The server also imports the project's modules that
+most steps need. A fork drops them if one of their files has changed since, so a step always runs the project's code as it is on disk.
+MODULE names more third-party modules. Do not use it with GPUs: a CUDA driver does not survive a fork.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "POSTTRAIN_WARM"
 AHEAD = (
@@ -42,6 +45,26 @@ AHEAD = (
     "tqdm",
 )
 """Modules that the server imports before the first fork."""
+STEPS = (
+    "pipelines.runtime.step",
+    "pipelines.training.best_checkpoint",
+    "pipelines.training.evaluator",
+    "pipelines.training.on_policy",
+    "pipelines.training.preference",
+    "pipelines.training.reward_sources",
+    "pipelines.training.sample_tables",
+    "posttrain.evaluation.answers",
+    "posttrain.rollouts.native",
+    "posttrain.training.faults",
+    "posttrain.training.loop",
+    "posttrain.training.supervised",
+)
+"""Modules of the project that import nearly all others that a step with a model needs."""
+IF_IDLE = ("scipy.stats", "great_expectations", "matplotlib.backends.backend_agg", "matplotlib.pyplot")
+"""Modules of `validate` and `compare`, which a flow runs once: the server imports them only while no step has come yet."""
+PACKAGES = ("pipelines", "posttrain")
+Stamps = Mapping[str, tuple[int, ...]]
+"""Time of change, size and inode of a source file, by its path."""
 STREAMS = (0, 1, 2)
 """File descriptors of standard input, output and error."""
 
@@ -54,6 +77,8 @@ def serve(path: Path, more: Sequence[str] = ()) -> None:
         server.listen()
         for name in (*AHEAD, *more):
             importlib.import_module(name)
+        stamps = _import_project()
+        _import_if_idle(server)
         gc.freeze()  # A collection in a fork would write to the objects that it shares with the server, and so copy their pages.
         forks: dict[int, socket.socket] = {}
         ended: dict[int, int] = {}
@@ -65,9 +90,73 @@ def serve(path: Path, more: Sequence[str] = ()) -> None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for other in (server, *forks.values()):
                     other.close()
-                _become_step(connection)
+                _become_step(connection, stamps)
             forks[pid] = connection
             _report_killed(forks, ended)  # it may have ended before the line above
+
+
+def _import_project() -> Stamps:
+    """Import the project's modules for steps, and return the stamps of their files from before the import."""
+    try:
+        folders = [folder for name in PACKAGES for folder in importlib.import_module(name).__path__]
+        before = {str(file): _stamp(file) for folder in folders for file in Path(folder).rglob("*.py")}
+        for name in STEPS:
+            importlib.import_module(name)
+    except Exception:  # such as a syntax error in an edit: the step that needs the module reports it
+        _drop_project()
+        return {}
+    return {file: before.get(file, ()) for file in map(_source, _project_modules()) if file}
+
+
+def _import_if_idle(server: socket.socket) -> None:
+    """Import the modules of stages that a flow runs once, as long as no step waits."""
+    for name in IF_IDLE:
+        if select.select([server], [], [], 0)[0]:
+            return
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def _stamp(file: str | Path) -> tuple[int, ...]:
+    """Return a file's time of change, size and inode; nothing if it does not exist."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _project_modules() -> Iterator[str]:
+    """Yield the names of the project's imported modules."""
+    return (name for name in list(sys.modules) if name.partition(".")[0] in PACKAGES)
+
+
+def _source(name: str) -> str | None:
+    """Return the source file of an imported module."""
+    return getattr(sys.modules[name], "__file__", None)
+
+
+def _drop_project() -> None:
+    """Forget the project's modules, so that they are imported from the present folder as they are on disk."""
+    for name in list(_project_modules()):
+        del sys.modules[name]
+
+
+def _is_current(stamps: Stamps) -> bool:
+    """Return True if a fresh import would read the same files as the server's."""
+    importlib.invalidate_caches()
+    same = bool(stamps) and all(_stamp(file) == stamp for file, stamp in stamps.items() if file)
+    return same and all(_origin(name) == _source(name) for name in PACKAGES)
+
+
+def _origin(name: str) -> str | None:
+    """Return the file from which a fresh import would take an imported package."""
+    module: Any = sys.modules.pop(name)
+    try:
+        found = importlib.util.find_spec(name)
+    finally:
+        sys.modules[name] = module
+    return found.origin if found is not None else None
 
 
 def run_in_fork_server(module: str, arguments: list[str]) -> int | None:
@@ -106,7 +195,7 @@ def _open_streams() -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors, closefd=False)
 
 
-def _become_step(connection: socket.socket) -> None:
+def _become_step(connection: socket.socket, stamps: Stamps) -> None:
     """Take over the caller's streams, directory, environment and arguments, and run the module as `python -m` does. Runs in the fork."""
     status = 1
     try:
@@ -121,8 +210,9 @@ def _become_step(connection: socket.socket) -> None:
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         sys.path[0] = request["folder"]
-        for name in [name for name in sys.modules if name.partition(".")[0] == "pipelines"]:
-            del sys.modules[name]  # this module's own package may belong to a different checkout
+        # the test of dvc.yaml's dependencies lists the modules that a step imports by itself
+        if "POSTTRAIN_TRACE" in os.environ or not _is_current(stamps):
+            _drop_project()
         sys.argv = [request["module"], *request["arguments"]]
         connection.sendall(f"{os.getpid()}\n".encode())
         threading.Thread(target=_die_with_caller, args=(lines,), daemon=True).start()
