@@ -27,12 +27,14 @@ from torch.utils._pytree import tree_map_only
 
 from posttrain.data.offsets import OFFSETS
 from posttrain.models.logprobs import selected_logprobs
+from posttrain.models.policy import Policy
 from posttrain.models.varlen import KERNELS, Kernel
 from posttrain.rollouts.drawing import running_sums
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine, _Sampling
 from posttrain.rollouts.steps import RECORDERS
 from posttrain.training.sums import Sums
+from posttrain.training.supervised import Example, SupervisedObjective
 from posttrain.training.trainer import Trainer
 from tests.device.planted import FAULTS, caught
 from tests.device.pretend import DEVICE, Counts, OnDevice, pretending
@@ -50,7 +52,9 @@ DETERMINISTIC = "-deterministic"
 OFFLOADED = "-offloaded"
 """Ends the name of a training whose moments are in main memory (`optimizer.offload`)."""
 BY_OFFSETS = "-by-offsets"
-"""Ends the name of a training whose attention takes offsets, as on a GPU in half precision."""
+"""Ends the name of a training whose attention takes offsets."""
+BF16 = "-bf16"
+"""Ends the name of a training in bfloat16 whose attention takes offsets, as on a GPU."""
 
 
 class Stepwise(Memory):
@@ -99,10 +103,11 @@ def run(name: str, device: str, found: dict[str, int]) -> tuple[dict[int, dict[s
     """Train `name` on a device. Return its metrics by step, and the counts of the last step."""
     AcceleratorState._reset_state(True)
     os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    OFFSETS[DEVICE.type] = frozenset({torch.float32}) if BY_OFFSETS in name else frozenset()
+    bf16 = BF16 in name
+    OFFSETS[DEVICE.type] = frozenset({torch.float32} if BY_OFFSETS in name else {torch.bfloat16} if bf16 else ())
     KERNELS[DEVICE.type] = lambda: Kernel(*(on_device(function, found) for function in REFERENCE))
     torch.use_deterministic_algorithms(DETERMINISTIC in name)
-    with pretending() as counts, counting(found):
+    with pretending() as counts, counting(found), patch.object(runs, "Trainer", partial(Trainer, bf16=bf16)):
         recorder = Stepwise(counts)
         runs.OPTIMIZER = replace(runs.OPTIMIZER, offload=OFFLOADED in name)
         model = start(plain_name(name), Path(tempfile.mkdtemp()), recorder)
@@ -113,7 +118,7 @@ def run(name: str, device: str, found: dict[str, int]) -> tuple[dict[int, dict[s
 
 def plain_name(name: str) -> str:
     """Return the kind of training."""
-    return name.removesuffix(BY_OFFSETS).removesuffix(DETERMINISTIC).removesuffix(OFFLOADED)
+    return name.removesuffix(BF16).removesuffix(BY_OFFSETS).removesuffix(DETERMINISTIC).removesuffix(OFFLOADED)
 
 
 def part(counts: Any, sampling: bool) -> int:
@@ -157,6 +162,26 @@ def refusals() -> dict[str, str]:
         return {name: caught(fault) or "accepted" for name, fault in faults.items()}
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def experts() -> dict[str, float]:
+    """Return the waits of an update of a mixture of experts, and its largest relative difference from the CPU's metrics."""
+    rows, found = [Example(tokens) for tokens in small.rows(6)], []
+    OFFSETS[DEVICE.type] = frozenset()
+    for device in (str(DEVICE), "cpu"):
+        AcceleratorState._reset_state(True)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+        with pretending() as counts:
+            policy = Policy(small.language_model(shape=small.MOE))
+            trainer = Trainer(policy, runs.OPTIMIZER, total_steps=STEPS, micro_batch_tokens=40)
+            before = copy.deepcopy(counts)
+            metrics = trainer.update(rows, SupervisedObjective())
+            found.append((metrics, counts.since(before).syncs.total()))
+    (ours, waits), (theirs, _) = found
+    return {
+        "syncs": waits,
+        "difference": max(abs(ours[name] - value) / (1e-6 + abs(value)) for name, value in theirs.items()),
+    }
 
 
 def head() -> dict[str, Any]:
@@ -237,6 +262,7 @@ if __name__ == "__main__":
             "kinds": found,
             "planted": planted,
             "head": head(),
+            "experts": experts(),
             "stored": stored(),
             "refusals": refusals(),
             "token": {name: per_token(name == "recorded") for name in ("run", "recorded")},

@@ -44,7 +44,7 @@ ABSENT = {"histogram", "histogramdd", "mkldnn_linear", "_scaled_dot_product_flas
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"}
 """Operators whose kernels for CUDA take no whole numbers."""
 COPIES = {aten._to_copy.default, aten.copy_.default}
-REFUSED = {aten.put_.default, aten.histc.default, aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default,
+REFUSED = {aten.put_.default, aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default,
            aten._ctc_loss_backward.default, aten.median.dim, aten.kthvalue.default, aten.nanmedian.dim}  # fmt: skip
 """Operators without a deterministic kernel on CUDA, by the list of `torch.use_deterministic_algorithms`; others depend on arguments."""
 VIEWS = {"view", "_unsafe_view", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "alias", "as_strided",
@@ -198,7 +198,10 @@ class Pretend(TorchDispatchMode):
         raw_args, raw_kwargs = tree_map_only(OnDevice, lambda t: t.raw, (args, kwargs))
         if target is not None:
             raw_kwargs["device"] = torch.device("cpu")
-        result = func(*raw_args, **raw_kwargs)
+        if func is aten.histc.default:  # of whole numbers only a GPU
+            result = func(raw_args[0].float(), *raw_args[1:], **raw_kwargs).to(raw_args[0].dtype)
+        else:
+            result = func(*raw_args, **raw_kwargs)
         if func is aten._local_scalar_dense.default or not isinstance(result, torch.Tensor | tuple | list):
             return result
         wrapped = tree_map_only(torch.Tensor, OnDevice, result)
@@ -243,6 +246,8 @@ def _not_deterministic(func: Any, args: Any, kwargs: Any) -> bool:
     """Return True if CUDA refuses the operator when only deterministic kernels are allowed."""
     if func.overloadpacket in (aten.cumsum, aten.cumsum_):
         return (kwargs.get("dtype") or args[0].dtype).is_floating_point  # type: ignore[no-any-return]
+    if func is aten.histc.default:
+        return args[0].is_floating_point()  # type: ignore[no-any-return]
     if func.overloadpacket is aten.bincount:
         return len(args) > 1 and args[1] is not None
     if func.overloadpacket is aten.scatter_reduce:
@@ -310,6 +315,26 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
     into = target.raw if isinstance(target, OnDevice) else target
     into.copy_(source.raw if isinstance(source, OnDevice) else source)
     return target
+
+
+# Autocast on the device: products in half precision, everything else as it is.
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+
+def _halved(op: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(NAME)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            cast = tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.dtype == torch.float32 else t, (args, kwargs))
+            return op(*cast[0], **cast[1])
+
+    return run
+
+
+_OTHERS = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")  # registered for as long as this object lives
+_OTHERS.fallback(torch.library.fallthrough_kernel)
+for _name in ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "scaled_dot_product_attention"):
+    torch.library.impl(f"aten::{_name}", "AutocastPrivateUse1")(_halved(getattr(aten, _name).default))
 
 
 @contextmanager
