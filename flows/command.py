@@ -25,6 +25,7 @@ from pipelines.runtime.process import stopping_signals
 from pipelines.runtime.redaction import redact
 from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
 from tasks.console import print_line
+from tasks.dag import import_dvc
 
 ENVIRONMENT = """environment:
   POSTTRAIN_SLOTS          stages side by side (default: one per CUDA device, else per CPU core)
@@ -88,8 +89,8 @@ def main(
         if exclusive:
             refuse_second_flow(options.root)
         # a flow works in the current directory: a parameter of its run could name any folder
-        early = early_fork_server if runs_stages else contextlib.nullcontext
-        with contextlib.chdir(options.root), early(Path.cwd()), prefect_api(Path.cwd()) as configured:
+        early, meanwhile = (early_fork_server, import_dvc) if runs_stages else (contextlib.nullcontext, lambda: None)
+        with contextlib.chdir(options.root), early(Path.cwd()), prefect_api(Path.cwd(), meanwhile) as configured:
             print_line("Prefect: " + redact(configured or "private server"))
             options.server = configured
             with tags(TAG):

@@ -18,7 +18,7 @@ from flows.pool import Workers, workers_of_pool
 from flows.remaining import last_seconds, time_left
 from flows.schedule import DagOutcome, Future, run_all
 from flows.signals import reason, stop_on_signal
-from flows.workspace import follower, fork_server, write_costs, write_record
+from flows.workspace import costs_page, follower, fork_server, write_record
 from pipelines.runtime.command_line import print_text
 from pipelines.runtime.environment import machine_fault
 from pipelines.runtime.publish import SHARED_REPORT
@@ -62,8 +62,9 @@ def bring_all_up_to_date(
             if outcome.interrupted:
                 return Cancelled(message=f"{reason(received)}; finished stages are kept, and the next run continues")
             _raise_failures(outcome)
-            _assert_current(root, dag)
-            costs = write_costs(root)
+            with costs_page(root) as written:
+                _assert_current(root, dag)
+                costs = written()
         _print_seconds(outcome, time.time() - started)
         if costs is not None:
             print_line(f"costs: {costs}")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,11 +28,11 @@ START_SECONDS, ANSWER_SECONDS = 120.0, 5.0
 
 
 @contextmanager
-def prefect_api(root: Path) -> Iterator[str | None]:
+def prefect_api(root: Path, meanwhile: Callable[[], object] = lambda: None) -> Iterator[str | None]:
     """Yield the configured server's URL, or None if a private one was started.
 
     Prefect's own temporary server shares the terminal's process group: Ctrl-C stops it while the flow still needs it, and it outlives
-    a killed flow. This private server runs under a guard and uses the same database.
+    a killed flow. This private server runs under a guard and uses the same database. `meanwhile` is called while it starts.
     """
     configured = PREFECT_API_URL.value()
     if configured:
@@ -50,6 +50,7 @@ def prefect_api(root: Path) -> Iterator[str | None]:
         process = start(command, root, output=log, extra=extra, grace_seconds=5)
     # Prefect sends its last log lines and events when the interpreter shuts its threads down, which comes before this.
     atexit.register(end, process, 0)
+    meanwhile()
     wait_until_healthy(process, port, path)
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_API_AUTH_STRING: auth}):
         yield None

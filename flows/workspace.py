@@ -134,18 +134,30 @@ def write_record(root: Path, started: float, ended: float, results: Mapping[str,
     write_atomic(path, (json.dumps({"started": started, "ended": ended, "stages": stages}, indent=1) + "\n").encode())
 
 
-def write_costs(root: Path) -> Path | None:
-    """Write the page of machine costs for this flow and return its path; None if no step recorded measurements."""
+@contextmanager
+def costs_page(root: Path) -> Iterator[Callable[[], Path | None]]:
+    """Write the page of machine costs for this flow in a separate process.
+
+    Yields a function that waits for it and returns its path; None if no step recorded measurements, or it failed.
+    """
     if not (root / ".posttrain" / "runs").is_dir():
-        return None
+        yield lambda: None
+        return
     path = root / ".posttrain" / "logs" / "costs.log"
     path.parent.mkdir(parents=True, exist_ok=True)  # if all stages ran on workers, none has logged here
     with path.open("wb") as log:
-        status = end(start([sys.executable, "-m", "pipelines.report.costs"], root, output=log), CATCH_UP_SECONDS)
-    if status:
-        print_line(f"the page of costs could not be written: see {path}")
-        return None
-    return root / ".posttrain" / "costs" / "index.html"
+        process = start([sys.executable, "-m", "pipelines.report.costs"], root, output=log)
+
+    def written() -> Path | None:
+        if end(process, CATCH_UP_SECONDS):
+            print_line(f"the page of costs could not be written: see {path}")
+            return None
+        return root / ".posttrain" / "costs" / "index.html"
+
+    try:
+        yield written
+    finally:
+        end(process, 0)
 
 
 @contextmanager

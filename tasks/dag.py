@@ -141,6 +141,14 @@ def _differs(stage: Any) -> bool:
         return True
 
 
+def import_dvc() -> None:
+    """Import the modules of DVC that reading the DAG needs, while a program waits for a different one."""
+    import dvc.lock
+    import dvc.output
+    import dvc.repo.index
+    import dvc.stage.cache  # noqa: F401
+
+
 @contextmanager
 def open_workspace(root: Path) -> Iterator[Any]:
     """Open the workspace in DVC; waits while a dvc process holds its lock."""
