@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from posttrain.data.transfer import together
 from posttrain.models.reach import PLAIN_LENGTH, SMALL_WINDOW, find_reach, probe_ids, shrunk
 from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded, is_tensor_parallel
 from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
 from posttrain.rollouts.shared import NAME
-from posttrain.rollouts.slots import Pair, Slots
+from posttrain.rollouts.slots import Pair, PromptLayer, Slots, StateKind
 from posttrain.rollouts.steps import RECORDERS, StepRunner
 from posttrain.text import reason_of
 
@@ -57,6 +57,8 @@ class Decoder:
         self.casts: dict[nn.Module, dict[str, Tensor]] = {}
         self.prefilled_tokens = 0
         """Tokens of prompts that have been computed."""
+        self.kinds: list[StateKind | None] = []
+        """Of every layer's keys and values, once a prompt has been computed."""
         self._token_bytes = 0
         self._continues: bool | None = None
         self._before_pass: Callable[[], None] = _nothing
@@ -97,7 +99,7 @@ class Decoder:
     def slots(self, capacity: int) -> Slots:
         """Return empty slots for answers of at most `capacity` tokens."""
         layers, fixed = self.lm.config.get_text_config().num_hidden_layers, self.runner.record is not None
-        return Slots(layers, capacity, self.lm.device, self.shared, fixed)
+        return Slots(layers, capacity, self.lm.device, self.shared, fixed, self.kinds)
 
     def token_bytes(self) -> int:
         """Return the bytes of one token's keys and values over all layers, found by computing a prompt of one token."""
@@ -115,31 +117,34 @@ class Decoder:
         Args:
             kept: states of the beginnings of some prompts, which are not computed again.
         """
-        lengths = [len(prompt) for prompt in prompts]
+        lengths, hidden = [len(prompt) for prompt in prompts], list[Tensor]()
         at_once = max(1, PREFILL_TOKENS // max(lengths))
-        computed = []
-        for continued, same in groupby(prompts, lambda prompt: kept is not None and kept.holds(prompt)):
-            run = list(same)
-            for part in (run[i : i + at_once] for i in range(0, len(run), at_once)):
-                known = [kept.take(prompt) for prompt in part] if kept is not None and continued else None
-                computed.append(self._prefill(part) if known is None else self._continue(part, known))
-        slots.enter(_by_layer([pairs for _, pairs in computed]), lengths, counts)
-        hidden = torch.cat([last for last, _ in computed])
+        start = 0
+        with slots.entering(lengths, counts):
+            for continued, same in groupby(prompts, lambda prompt: kept is not None and kept.holds(prompt)):
+                run = list(same)
+                for part in (run[i : i + at_once] for i in range(0, len(run), at_once)):
+                    known = [kept.take(prompt) for prompt in part] if kept is not None and continued else None
+                    layers = [PromptLayer(layer, start) for layer in slots.layers]
+                    hidden.append(self._prefill(part, layers) if known is None else self._continue(part, known, layers))
+                    start += len(part)
+        self.kinds = [layer.kind for layer in slots.layers]
         # indices that the host makes: repeating by lengths would make a GPU wait for their sum
-        (groups,) = together([torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))], hidden.device)
-        return hidden.index_select(0, groups)
+        groups = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        last = torch.cat(hidden)
+        (groups,) = together([groups], last.device)
+        return last.index_select(0, groups)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Pair]]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], layers: list[PromptLayer]) -> Tensor:
         """Compute prompts. Padding follows every real token, so causal attention never sees it and no mask is needed."""
         ids, ends = _padded(prompts)
         self.prefilled_tokens += sum(map(len, prompts))
-        cache: Any = DynamicCache()
         ids, rows, last = together([ids, torch.arange(len(prompts)), ends], self.lm.device)
-        hidden = self._trunk(input_ids=ids, past_key_values=cache)
-        pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        return hidden[rows, last], pairs
+        return self._trunk(input_ids=ids, past_key_values=Cache(layers=list(layers)))[rows, last]
 
-    def _continue(self, prompts: Sequence[Sequence[int]], kept: Sequence[Pair]) -> tuple[Tensor, list[Pair]]:
+    def _continue(
+        self, prompts: Sequence[Sequence[int]], kept: Sequence[Pair], layers: Sequence[PromptLayer]
+    ) -> Tensor:
         """Compute prompts from the end of their kept states, which are padded on the right; a mask hides that padding."""
         lengths = [keys.shape[2] for keys, _ in kept]
         new = [prompt[length:] for prompt, length in zip(prompts, lengths, strict=True)]
@@ -154,8 +159,9 @@ class Decoder:
             cache.update(keys, values, layer)
         positions = known[:, None] + torch.arange(width, device=known.device)
         hidden = self._trunk(input_ids=ids, past_key_values=cache, position_ids=positions, attention_mask=mask)
-        pairs = [closed_up((layer.keys, layer.values), known, longest, width) for layer in cache.layers]
-        return hidden[rows, last], pairs
+        for computed, layer in zip(cache.layers, layers, strict=True):
+            layer.update(*closed_up((computed.keys, computed.values), known, longest, width))
+        return hidden[rows, last]
 
     def continues(self) -> bool:
         """Return True if prompts that continue kept states of different lengths give the logits of a plain forward pass."""
@@ -316,14 +322,10 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
             if reach == 0:
                 reason = f"its cache gives other logits in a row of {PLAIN_LENGTH} tokens"
                 continue
-            return Decoder(lm, shared, bf16 or gathers_bf16(lm), reach, probe.windowed)
+            found = Decoder(lm, shared, bf16 or gathers_bf16(lm), reach, probe.windowed)
+            found.kinds = probe.kinds
+            return found
     return reason
-
-
-def _by_layer(computed: Sequence[list[Pair]]) -> Iterator[list[Pair]]:
-    """Yield each layer's states of all parts and remove them there, so that no more than one layer is held twice while prompts enter."""
-    while computed[0]:
-        yield [pairs.pop(0) for pairs in computed]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

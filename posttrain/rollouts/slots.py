@@ -5,17 +5,19 @@ Groups are in the order in which they entered, so the longest answers come first
 Example:
     >>> slots = Slots(layers=1, capacity=8, device=torch.device("cpu"), shared=True)
     >>> prompt = torch.zeros(1, 1, 5, 4)
-    >>> slots.enter([[(prompt, prompt)]], lengths=[5], counts=[2])
+    >>> with slots.entering(lengths=[5], counts=[2]):
+    ...     slots.layers[0].write(0, (prompt, prompt))
     >>> slots.tokens(), slots.row_lengths.tolist()
     (21, [5, 5])
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,14 +43,23 @@ class Slots:
         arrangement: a number that changes with the tensors that hold keys and values, and with the shapes of a fixed layout.
     """
 
-    def __init__(self, layers: int, capacity: int, device: torch.device, shared: bool, fixed: bool = False) -> None:
+    def __init__(
+        self,
+        layers: int,
+        capacity: int,
+        device: torch.device,
+        shared: bool,
+        fixed: bool = False,
+        kinds: Sequence[StateKind | None] = (),
+    ) -> None:
         """Create empty slots.
 
         Args:
+            kinds: of every layer's states, if known; then room for prompts is made before they are computed.
             fixed: keep the shapes of the layout for up to ROOM steps, and take what changes from `row_ages` on the device.
         """
         self.capacity, self.device, self.shared, self.fixed = capacity, device, shared, fixed
-        self.layers = [SlotLayer(self) for _ in range(layers)]
+        self.layers = [SlotLayer(self, kind) for kind in kinds or [None] * layers]
         self.cache = Cache(layers=list(self.layers))
         self.layout: list[Segment] = []
         """Segments of the current step, if `shared`."""
@@ -59,15 +70,19 @@ class Slots:
         self.counts: list[int] = []
         self._arrange()
 
-    def enter(self, prompts: Iterable[Sequence[Pair]], lengths: Sequence[int], counts: Sequence[int]) -> None:
-        """Give `counts` answers of each prompt their slots.
+    @contextmanager
+    def entering(self, lengths: Sequence[int], counts: Sequence[int]) -> Iterator[None]:
+        """Give `counts` answers of each prompt their slots. Inside the block every layer gets the prompts' states (`SlotLayer.write`).
 
-        Args:
-            prompts: for every layer one or more batches of prompts, padded on the right. A layer's are read
-                after those before are stored.
+        Raises:
+            ValueError: a layer got none.
         """
-        for layer, batches in zip(self.layers, prompts, strict=True):
-            layer.enter(batches, sum(counts))
+        room = _Room(len(self.lengths), len(lengths), max(lengths), sum(self.counts), sum(counts))
+        for layer in self.layers:
+            layer.begin(room)
+        yield
+        if any(layer.room is not None for layer in self.layers):
+            raise ValueError("a layer has no keys and values of its own")
         self.lengths += lengths
         self.ages += [0] * len(lengths)
         self.counts += counts
@@ -159,12 +174,46 @@ class Slots:
         return torch.cat([prompt, own], 1)
 
 
+@dataclass(frozen=True)
+class StateKind:
+    """Heads, sizes of keys and values, and the dtype of a layer's states as the model computes them."""
+
+    heads: int
+    sizes: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, states: Pair) -> StateKind:
+        keys, values = states
+        return cls(values.shape[1], (keys.shape[3], values.shape[3]), values.dtype)
+
+    def stored(self, device: torch.device) -> torch.dtype:
+        """Return autocast's dtype. Rotary embeddings widen keys and values, and products would narrow all of them in every step."""
+        narrows = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if narrows else self.dtype
+
+
+class _Room(NamedTuple):
+    """Groups, their longest prompt and their answers that enter, next to those that have slots."""
+
+    old_groups: int
+    groups: int
+    width: int
+    old_answers: int
+    answers: int
+
+
 class SlotLayer(DynamicLayer):
     """One layer's keys and values: prompts [groups, heads, longest prompt, size], answers [answers, heads, capacity, size]."""
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, kind: StateKind | None) -> None:
         super().__init__()
         self.slots = slots
+        self.kind = kind
+        self.room: _Room | None = None
+        """Expected prompts for which there is no room yet."""
+        self.entered = 0
+        """Groups that are older than the prompts that enter."""
         self.prompts: list[Tensor] = []
         self.answers: list[Tensor] = []
 
@@ -184,21 +233,37 @@ class SlotLayer(DynamicLayer):
         )
         return keys, values
 
-    def enter(self, batches: Sequence[Pair], answers: int) -> None:
-        # Rotary embeddings and transformers' cache widen keys and values; products under autocast would narrow all of them in every step.
-        kind = batches[0][1].device.type
-        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        entering = [[states.to(narrow or pair[1].dtype) for states in pair] for pair in batches]
-        columns = list(zip(*entering, strict=True))
-        old_prompts, old_answers = self.prompts, self.answers
-        self.prompts = [
-            _stacked([*old_prompts[i : i + 1], *column], max(t.shape[2] for t in (*old_prompts[i : i + 1], *column)))
-            for i, column in enumerate(columns)
-        ]
-        self.answers = []
-        for i, column in enumerate(columns):
-            shape = (answers, column[0].shape[1], self.slots.capacity, column[0].shape[3])
-            self.answers.append(torch.cat([*old_answers[i : i + 1], column[0].new_zeros(shape)]))
+    def begin(self, room: _Room) -> None:
+        """Expect prompts. Their room is made at once if the kind of the layer's states is known, else with the first of them."""
+        self.room = room
+        if self.kind is not None:
+            self._make_room(room, self.kind)
+
+    def write(self, start: int, states: Pair) -> None:
+        """Store keys and values [prompts, heads, length, size] of entering prompts, the first of which has number `start` among them."""
+        if self.room is not None:
+            self.kind = self.kind or StateKind.of(states)
+            self._make_room(self.room, self.kind)
+        first = self.entered + start
+        for prompts, own in zip(self.prompts, states, strict=True):
+            length = min(own.shape[2], prompts.shape[2])
+            prompts[first : first + len(own), :, :length] = own[:, :, :length]
+
+    def _make_room(self, room: _Room, kind: StateKind) -> None:
+        device, dtype = self.slots.device, kind.stored(self.slots.device)
+        width = max([room.width, *(prompts.shape[2] for prompts in self.prompts)])
+        for held, number, columns, old in (
+            (self.prompts, room.old_groups + room.groups, width, room.old_groups),
+            (self.answers, room.old_answers + room.answers, self.slots.capacity, room.old_answers),
+        ):
+            for i, size in enumerate(kind.sizes):
+                grown = torch.zeros(number, kind.heads, columns, size, dtype=dtype, device=device)
+                if old:
+                    grown[:old, :, : held[i].shape[2]] = held[i]
+                    held[i] = grown
+                else:
+                    held[i:] = [grown]
+        self.room, self.entered = None, room.old_groups
 
     def keep(self, groups: Tensor, rows: Tensor, longest: int, used: int) -> None:
         self.prompts = [prompt[groups, :, :longest] for prompt in self.prompts]
@@ -211,11 +276,13 @@ class SlotLayer(DynamicLayer):
         return max(self.slots.lengths) + max(self.slots.ages)
 
 
-def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
-    """Stack batches of prompts [groups, heads, length, size] into one, padded with zeros on the right."""
-    groups, (_, heads, _, size) = sum(len(part) for part in parts), parts[0].shape
-    stacked, start = parts[0].new_zeros(groups, heads, width, size), 0
-    for part in parts:
-        stacked[start : start + len(part), :, : part.shape[2]] = part
-        start += len(part)
-    return stacked
+class PromptLayer(DynamicLayer):
+    """One layer of a cache while prompts are computed: their keys and values go to their slots, and nothing else keeps them."""
+
+    def __init__(self, layer: SlotLayer, start: int) -> None:
+        super().__init__()
+        self.layer, self.start = layer, start
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        self.layer.write(self.start, (key_states, value_states))
+        return key_states, value_states

@@ -117,9 +117,9 @@ def test_a_prompt_is_computed_once_for_its_answers(model: Any, uneven: Uneven, m
     computed: list[int] = []
     prefill = Decoder._prefill
 
-    def watched(self: Decoder, prompts: Any) -> Any:
+    def watched(self: Decoder, prompts: Any, layers: Any) -> Any:
         computed.extend(len(prompt) for prompt in prompts)
-        return prefill(self, prompts)
+        return prefill(self, prompts, layers)
 
     monkeypatch.setattr(Decoder, "_prefill", watched)
     engine(model, uneven.eos, max_rows=8).sample(uneven.asked, SamplingSettings(4, 1.0))
