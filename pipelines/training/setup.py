@@ -48,6 +48,8 @@ THREADS_FROM_PARAMETERS = 1_000_000
 Two threads are 1.8 times as fast as one at 3 million parameters, and 1.5 times at 0.4 million (benchmarks/scaling.md). Below this size,
 parallel stages use the cores better.
 """
+NVIDIA = Path("/proc/driver/nvidia/version")
+"""A file of the loaded driver."""
 GROUP_SECONDS = 1800.0
 """How long a process waits for the others in a collective operation. Rank 0 may start a vLLM server meanwhile, or score slowly."""
 
@@ -169,6 +171,12 @@ def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: P
         )
     _check_device(made.device.type, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     check_keys(gather_texts(made, context.key))
+    if made.device.type == "cpu" and _has_unused_gpu():
+        announce(
+            context,
+            f"runs on the CPU: this machine has an NVIDIA driver, but PyTorch {torch.__version__} sees no CUDA device. Check `nvidia-smi`,"
+            " and install a CUDA build of torch (`infra/setup.sh torch` names it); CUDA_VISIBLE_DEVICES= (empty) hides this line",
+        )
     if made.device.type != "cpu" and not compute.bf16:
         announce(
             context, f"{device_name(made.device)} computes in float32; bf16: true in its `compute` section is faster"
@@ -185,6 +193,11 @@ def _check_device(kind: str, visible: str) -> None:
             f"CUDA_VISIBLE_DEVICES = {visible}, but PyTorch {torch.__version__} sees no CUDA device, so the step would run on the CPU."
             " Check the driver with `nvidia-smi` and install a CUDA build of torch; to use the CPU, set CUDA_VISIBLE_DEVICES= (empty)."
         )
+
+
+def _has_unused_gpu() -> bool:
+    """Return True if a driver for NVIDIA's GPUs is loaded, and the environment does not hide them."""
+    return NVIDIA.exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1")
 
 
 def check_keys(keys: Sequence[str]) -> None:

@@ -347,16 +347,3 @@ def test_deterministic_kernels_are_a_setting(
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.enable_cudnn_sdp(True)
-
-
-def test_a_missing_device_and_processes_with_other_keys_are_refused(
-    new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context, compute = new_run().context, params.align.compute
-    monkeypatch.setattr("posttrain.distributed.gather_texts", lambda _, key: [key, "other"])
-    with pytest.raises(ConfigError, match="rank 1 has other parameters"):
-        accelerator(context, compute, 0, Path("models/sft"))
-    if not torch.accelerator.is_available():
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7")
-        with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES = GPU-7, but PyTorch"):
-            accelerator(context, compute, 0, Path("models/sft"))
