@@ -17,8 +17,9 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from posttrain.errors import ConfigError, PosttrainError
-from posttrain.settings import TENSOR_PARALLEL, layer_processes
+from posttrain.combinations import Setup, require
+from posttrain.errors import PosttrainError
+from posttrain.settings import layer_processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,11 +33,7 @@ def splits_layers(accelerator: Accelerator) -> bool:
         ConfigError: the environment names a number other than 1 and that of all processes.
     """
     given = layer_processes()
-    if given not in (1, accelerator.num_processes):
-        raise ConfigError(
-            f"{TENSOR_PARALLEL} = {given}: all {accelerator.num_processes} processes of a stage split its layers, or none; set it to"
-            f" {accelerator.num_processes}, give a configuration of {given} processes in POSTTRAIN_ACCELERATE, or remove it"
-        )
+    require(Setup(accelerator.num_processes, layers=given))
     return given > 1
 
 

@@ -57,6 +57,8 @@ def _length(value: Any) -> int:
 
 TENSOR_PARALLEL = "POSTTRAIN_TENSOR_PARALLEL"
 """Environment variable with the number of processes that split each layer of a model."""
+CONTEXT_PARALLEL = "POSTTRAIN_CONTEXT_PARALLEL"
+"""Environment variable with the number of processes that share each row."""
 
 
 def layer_processes() -> int:
@@ -69,6 +71,20 @@ def layer_processes() -> int:
     if not given.isdecimal() or int(given) < 1:
         raise ConfigError(
             f"{TENSOR_PARALLEL} = {given!r}: must be the number of processes that split each layer; correct it, or remove it"
+        )
+    return int(given)
+
+
+def row_processes() -> int:
+    """Return the number of processes that share each row, as the environment names it; 1 if each has its own rows.
+
+    Raises:
+        ConfigError: it is no whole number from 1.
+    """
+    given = os.environ.get(CONTEXT_PARALLEL, "").strip() or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(
+            f"{CONTEXT_PARALLEL} = {given!r}: must be the number of processes that share each row; correct it, or remove it"
         )
     return int(given)
 

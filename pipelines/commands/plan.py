@@ -10,7 +10,8 @@ an FSDP2 configuration, its processes share weights, gradients and moments; each
 Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables if `data` has not changed since,
 else those of the local files, or the number that `data` asks for. Times are those of this machine's last steps.
 The last lines say which difference of two algorithms the present seeds and prompts can show, from finished runs.
-Exit status 1: something will not fit, or a warm-up is longer than its run.
+Exit status 1: something will not fit, or a warm-up is longer than its run. Settings that the processes in the environment cannot combine
+are refused with status 2.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, OptimizerParams, TrainingComputeParams
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
 from pipelines.runtime import environment
+from pipelines.runtime.combinations import all_refusals
 from pipelines.runtime.command_line import command_parser, real, reports_errors
 from pipelines.runtime.launch import configuration, sharing_processes
 from pipelines.runtime.launch import processes as launched_processes
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(environment.root())
     params = load_params(path)
     sys.path.insert(0, os.getcwd())
-    found = problems(params)
+    found = [*problems(params), *all_refusals(environment.root(), params, configuration())]
     if found:
         raise ConfigError("\n".join(found))
     model = model_sizes(params)

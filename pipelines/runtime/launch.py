@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.config.yaml_files import read_yaml
 from posttrain.errors import ConfigError, Interrupted
-from posttrain.settings import layer_processes
+from posttrain.settings import CONTEXT_PARALLEL, TENSOR_PARALLEL, layer_processes
 
 VARIABLE = "POSTTRAIN_ACCELERATE"
 
@@ -30,6 +30,11 @@ def process() -> int:
 def launched() -> bool:
     """Return True if a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def asked(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return True if the environment names several processes, or how they share work."""
+    return any(environ.get(name, "").strip() for name in (VARIABLE, TENSOR_PARALLEL, CONTEXT_PARALLEL))
 
 
 def configuration(environ: Mapping[str, str] = os.environ) -> Path | None:

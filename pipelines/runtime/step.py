@@ -35,7 +35,7 @@ from pipelines.runtime.process import GRACE_SECONDS, STAGE, Lock, StopSignals, u
 from pipelines.runtime.publish import ARTIFACTS, publish
 from pipelines.runtime.redaction import printable, redact
 from pipelines.runtime.run import Run
-from posttrain.errors import Interrupted, PosttrainError, TrackingError, memory_fault
+from posttrain.errors import ConfigError, Interrupted, PosttrainError, TrackingError, memory_fault
 from posttrain.guard import end_with
 
 Body = Callable[[Run], None]
@@ -90,10 +90,10 @@ def main(
         end_with([os.getppid()], GRACE_SECONDS)
     elif STAGE in os.environ:
         end_with(up_to_dvc(), GRACE_SECONDS)
-    if trains or several:
-        _become_launcher()
-    _run_in_fork_server()
     step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__, trains)
+    if trains or several:
+        _become_launcher(step)
+    _run_in_fork_server()
     step.signals.install()
     args = _parse(step)
     try:
@@ -145,20 +145,36 @@ def _leave_group() -> None:
         destroy_group()
 
 
-def _become_launcher() -> None:
-    """Become the launcher of several processes if POSTTRAIN_ACCELERATE asks for it."""
+def _become_launcher(step: Step) -> None:
+    """Become the launcher of several processes if POSTTRAIN_ACCELERATE asks for it.
+
+    Settings that the processes cannot combine are refused before, once.
+    """
     single_process = {"-h", "--help", "--replay"} & set(sys.argv[1:])
-    if launch.launched() or not os.environ.get(launch.VARIABLE) or single_process:
+    if launch.launched() or not launch.asked() or single_process:
         return
     spec = sys.modules["__main__"].__spec__
     assert spec is not None, "a step is run as a module"
     try:
         path = launch.configuration()
-        assert path is not None
+        _check_combinations(step, path)
+        if path is None:
+            return
         sys.exit(launch.launch(path, spec.name, sys.argv[1:]))
     except PosttrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _check_combinations(step: Step, path: Path | None) -> None:
+    """Raise ConfigError if the stage's settings cannot be combined over the processes."""
+    from pipelines.runtime.combinations import stage_refusals
+
+    args = _parse(step)
+    root = environment.root()
+    params = load_params(args.params.resolve() if args.params else root / "params.yaml")
+    if found := stage_refusals(root, params, step.stage, getattr(args, "algorithm", None), path):
+        raise ConfigError("\n".join(found))
 
 
 def _fail_with_traceback() -> NoReturn:

@@ -11,9 +11,10 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.run import Run
 from pipelines.training.reward_sources import JudgeTokens, reward_sources
 from pipelines.training.setup import problems, read_table, with_turns
+from posttrain.combinations import Setup, require
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.errors import ConfigError, DataError, RewardError
+from posttrain.errors import DataError, RewardError
 from posttrain.models.policy import Policy
 from posttrain.rewards.combination import known
 from posttrain.rollouts.engine import SamplingSettings
@@ -63,11 +64,8 @@ def best_weights(
     rule = params.best_checkpoint
     if rule is None:
         return None
-    if trainer.sharded:
-        raise ConfigError(
-            "align.best_checkpoint: not with FSDP2 or tensor parallelism, which hold a part of the weights in each process; use a"
-            " configuration without FSDP in POSTTRAIN_ACCELERATE and no POSTTRAIN_TENSOR_PARALLEL, or remove it"
-        )
+    processes = trainer.accelerator.num_processes
+    require(Setup(processes, fsdp=2 * trainer.sharded, best_checkpoint=True))
     asked = problems(encoder, split_problems(read_table("problems"), rule)[1])
     score = _Score(run, asked, trainer, policy, encoder, rule)
     return BestWeights(source, score, trainer.weights, every=rule.every_steps, last=steps, name=rule.reward)

@@ -25,12 +25,13 @@ from urllib.parse import urlsplit
 
 from pipelines.config.schema import OnPolicyBudget
 from pipelines.runtime.context import RunContext
+from posttrain.combinations import Setup, require
 from posttrain.distributed import on_one_host
 from posttrain.errors import ConfigError
 from posttrain.rollouts.ahead import Background
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.native import NativeEngine
-from posttrain.settings import TENSOR_PARALLEL, context_limit, layer_processes
+from posttrain.settings import context_limit, layer_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,12 +72,14 @@ def sampling_engine(
     """
     bf16 = context.params.align.compute.bf16
     staleness = budget.rollouts.staleness
-    if layer_processes() > 1 and (staleness or budget.rollouts.engine != "native"):
-        raise ConfigError(
-            f"{TENSOR_PARALLEL} = {layer_processes()} splits each layer over the training processes, and rollouts.engine:"
-            f" {budget.rollouts.engine} with staleness: {staleness} needs whole weights elsewhere; set engine: native and staleness: 0,"
-            " or remove the variable"
+    require(
+        Setup(
+            accelerator.num_processes,
+            layers=layer_processes(),
+            engine=budget.rollouts.engine,
+            staleness=staleness,
         )
+    )
     if budget.rollouts.engine == "native":
         if not staleness:
             return NativeEngine(lm, encoder.ends, bf16=bf16)
@@ -85,12 +88,6 @@ def sampling_engine(
         visible = os.environ.get("POSTTRAIN_SAMPLER_DEVICES")
         environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
         return Background(ProcessEngine(lm, encoder.ends, staleness, bf16, environment))
-    # pyrefly: ignore[redundant-condition]
-    if staleness and accelerator.num_processes > 1:
-        raise ConfigError(
-            f"rollouts.staleness = {staleness} with engine: vllm needs one training process, and {accelerator.num_processes} were"
-            " launched; set staleness: 0, or engine: native"
-        )
     from posttrain.rollouts.vllm import VllmEngine
     from posttrain.rollouts.vllm.probe import RANDOM_TOKENS, sequences
 

@@ -23,8 +23,9 @@ from pipelines.runtime.context import FAULTS, RunContext
 from pipelines.runtime.machine import available_cores, peak_resident_mib
 from pipelines.runtime.outputs import RunOutputs
 from pipelines.runtime.run import Run
+from posttrain.combinations import Setup, require
 from posttrain.errors import ConfigError, DataError
-from posttrain.settings import TENSOR_PARALLEL, layer_processes
+from posttrain.settings import layer_processes
 
 if TYPE_CHECKING:
     import torch
@@ -243,11 +244,7 @@ def apply_training_options(
 
         recompute_layers(model)
     if compute.compile:
-        if layer_processes() > 1:
-            raise ConfigError(
-                f"compute.compile: true is not possible with {TENSOR_PARALLEL} = {layer_processes()}, which replaces the layers' functions;"
-                " set compile: false, or remove the variable"
-            )
+        require(Setup(layer_processes(), layers=layer_processes(), compile=True))
         from posttrain.models.compiled import compile_layers
 
         compile_layers(model)

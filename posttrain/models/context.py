@@ -14,7 +14,6 @@ Example:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from posttrain.errors import ConfigError, ModelError
-
-VARIABLE = "POSTTRAIN_CONTEXT_PARALLEL"
-"""Environment variable with the number of processes that share each row."""
+from posttrain.combinations import Setup, require
+from posttrain.errors import ModelError
+from posttrain.settings import CONTEXT_PARALLEL, row_processes
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,8 @@ def context_size(processes: int) -> int:
     Raises:
         ConfigError: the environment names no divisor of `processes`.
     """
-    given = os.environ.get(VARIABLE, "1").strip()
-    size = int(given) if given.isdecimal() else 0
-    if size < 1 or processes % size:
-        raise ConfigError(
-            f"{VARIABLE} = {given} must be a divisor of the {processes} processes that train together, since each group of processes shares"
-            " its rows; correct it, or remove it"
-        )
+    size = row_processes()
+    require(Setup(processes, context=size))
     return size
 
 
@@ -139,8 +132,8 @@ def heads_for_tokens(states: Tensor, group: ContextGroup) -> Tensor:
     """
     if states.shape[1] % group.size:
         raise ModelError(
-            f"{VARIABLE} = {group.size}: the model's {states.shape[1]} attention heads cannot be divided by it, so processes cannot share"
-            " a row; choose a divisor of the number of heads"
+            f"{CONTEXT_PARALLEL} = {group.size}: the model's {states.shape[1]} attention heads cannot be divided by it, so processes cannot"
+            " share a row; choose a divisor of the number of heads"
         )
     # [n, tokens / n, heads / n, size]: what each process receives
     parts = states.unflatten(1, (group.size, -1)).transpose(0, 1)

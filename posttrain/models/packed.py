@@ -33,7 +33,6 @@ from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import together
 from posttrain.errors import ModelError
 from posttrain.models.context import (
-    VARIABLE,
     ContextGroup,
     Split,
     active,
@@ -52,6 +51,7 @@ from posttrain.models.kernels import Scores, attention, stores_scores
 from posttrain.models.last_layer import narrow_last_layer
 from posttrain.models.reach import SMALL_WINDOW, find_reach, probe_ids, shrunk
 from posttrain.models.varlen import takes_size, varlen_attention
+from posttrain.settings import CONTEXT_PARALLEL
 
 NAME = "posttrain_packed"
 WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
@@ -286,8 +286,8 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads:
         return _packed(model, batch, reads) if group is None else _packed_slices(model, batch, group)
     if group is not None:
         raise ModelError(
-            f"{VARIABLE} = {group.size}: {type(model).__name__} computes padded rows, whose tokens processes cannot share; remove the"
-            " variable, so that each process computes its own rows"
+            f"{CONTEXT_PARALLEL} = {group.size}: {type(model).__name__} computes padded rows, whose tokens processes cannot share; remove"
+            " the variable, so that each process computes its own rows"
         )
     return _padded(model, batch)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from posttrain.combinations import Setup, require
 from posttrain.data.batches import TokenBatch
-from posttrain.errors import ConfigError
-from posttrain.models.context import VARIABLE, ContextGroup, active, joined_slices, own_indices
+from posttrain.models.context import ContextGroup, active, joined_slices, own_indices
 from posttrain.models.deferred import is_deferred
 from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.packed import hidden_states, prepare
@@ -106,9 +106,7 @@ class Policy(nn.Module):
         """Return the processes that share the head's work. Raises ConfigError for a mixture of experts, whose routers see one slice."""
         group = active()
         if group is not None and self.routers:
-            raise ConfigError(
-                f"{VARIABLE} = {group.size}: the tokens of a mixture of experts cannot be shared by processes here; remove the variable"
-            )
+            require(Setup(group.size, context=group.size, experts=True))
         return group if len(batch.trained) else None
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from posttrain.combinations import Setup, require
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.extras import require_extra
 from posttrain.models.shards import by_kind
@@ -43,12 +44,16 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], settings: OptimizerSetti
         "eps": settings.epsilon,
         "weight_decay": settings.weight_decay,
     }
-    split = any(isinstance(parameter, DTensor) for group in given for parameter in group["params"])
+    parts = [parameter for group in given for parameter in group["params"] if isinstance(parameter, DTensor)]
+    if parts:
+        processes, layered = parts[0].device_mesh.size(), any(splits_columns(part) for part in parts)
+        layers, fsdp = (processes, 0) if layered else (1, 2)
+        require(Setup(processes, layers=layers, fsdp=fsdp, offload=settings.offload, moment_bits=settings.moment_bits))
     if settings.offload:
-        if split or settings.moment_bits != 32:
+        if settings.moment_bits != 32:
             raise ConfigError(
-                "optimizer.offload: true is only possible for float32 moments of weights that one process holds whole; remove moment_bits,"
-                " or leave out FSDP2 and tensor parallelism, which divide the moments by the number of processes"
+                f"optimizer.offload: true keeps moments of 32 bits in main memory, so moment_bits {settings.moment_bits} has no effect;"
+                " remove one"
             )
         if next(iter(given[0]["params"])).device.type != "cpu":
             return HostAdamW(given, **arguments)
@@ -56,11 +61,6 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], settings: OptimizerSetti
         # one kernel for all parameters; with 25 million parameters on a CPU it takes a sixth of the loop's time
         return torch.optim.AdamW(given, **arguments, fused=True)
     require_extra("torchao", "optimizer.moment_bits = 8", "low-bit")
-    if any(splits_columns(parameter) for group in given for parameter in group["params"]):
-        raise ConfigError(
-            "optimizer.moment_bits = 8: moments of layers that are split by tensor parallelism are float32 only, since a block would cross"
-            " the parts; set optimizer.moment_bits: 32, which divides them by the number of processes, or use FSDP2"
-        )
     return eight_bit_adamw(given, **arguments)
 
 

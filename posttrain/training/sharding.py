@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import register_dataclass
 from transformers import PreTrainedModel
 
+from posttrain.combinations import Setup, require
 from posttrain.data.batches import collate
 from posttrain.distributed import splits_layers
-from posttrain.errors import ConfigError
 from posttrain.models.deferred import fill, is_deferred, run_checks
 from posttrain.models.packed import PROBE
 from posttrain.models.policy import PolicyOutput
@@ -53,10 +53,8 @@ def shards(accelerator: Accelerator) -> bool:
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or accelerator.num_processes == 1:
         return False
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ConfigError(
-            "the environment asks for FSDP version 1; set `fsdp_version: 2` in the accelerate configuration"
-        )
+    version = os.environ.get("FSDP_VERSION", "1")
+    require(Setup(accelerator.num_processes, fsdp=2 if version == "2" else 1))
     return True
 
 

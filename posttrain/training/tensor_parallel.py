@@ -5,8 +5,8 @@ The split is that of transformers' plan for the architecture. A model is loaded 
 Example:
     >>> from posttrain.models.tiny import TinyShape, tiny_model
     >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
-    >>> refusal(model, 2)
-    'its 2 heads, 1 of them with keys and values, cannot be divided evenly'
+    >>> print(refusal(model, 2).partition("; ")[0])
+    POSTTRAIN_TENSOR_PARALLEL = 2: the model's 2 heads, 1 of them with keys and values, cannot be divided evenly
 """
 
 from __future__ import annotations
@@ -22,24 +22,33 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
+from posttrain.combinations import Setup, refusals, require
 from posttrain.errors import ConfigError
 from posttrain.models.routing import routers_of
-from posttrain.settings import TENSOR_PARALLEL
+from posttrain.settings import TENSOR_PARALLEL, row_processes
 
 
 def refusal(model: PreTrainedModel, processes: int) -> str | None:
     """Return why the model cannot be split over `processes`, None if it can."""
     text = model.config.get_text_config()
     if not model.supports_tp_plan or not getattr(model, "tp_plan", None):
-        return "transformers has no plan for its architecture"
-    if routers_of(model):
-        return "it is a mixture of experts"
+        return (
+            f"{TENSOR_PARALLEL} = {processes}: transformers has no plan for {type(model).__name__}; remove the variable and use an FSDP2"
+            " configuration of infra/accelerate"
+        )
     heads = int(text.num_attention_heads)
-    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    if heads % processes or key_heads % processes:
-        return f"its {heads} heads, {key_heads} of them with keys and values, cannot be divided evenly"
     learns = {parameter.requires_grad for parameter in model.parameters()}
-    return "only a part of it is trained, as with `lora`" if len(learns) > 1 else None
+    found = refusals(
+        Setup(
+            processes,
+            layers=processes,
+            lora=len(learns) > 1,
+            experts=bool(routers_of(model)),
+            heads=heads,
+            key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        )
+    )
+    return found[0] if found else None
 
 
 def split_layers(module: nn.Module, accelerator: Accelerator) -> None:
@@ -49,15 +58,13 @@ def split_layers(module: nn.Module, accelerator: Accelerator) -> None:
         ConfigError: one of them cannot be split, or another way of sharing work is set as well.
     """
     processes = accelerator.num_processes
-    _check_alone(processes)
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    require(Setup(processes, layers=processes, context=row_processes(), fsdp=2 * fsdp))
     roots = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     inner = {id(part) for root in roots for part in root.modules() if part is not root}
     for model in (root for root in roots if id(root) not in inner):
         if reason := refusal(model, processes):
-            raise ConfigError(
-                f"{TENSOR_PARALLEL} = {processes}: {type(model).__name__} cannot be split over processes: {reason}; choose a different"
-                " number, or remove the variable and use an FSDP2 configuration of infra/accelerate"
-            )
+            raise ConfigError(reason)
         _split(model.to(accelerator.device), _mesh(accelerator.device.type, processes))
     module.to(accelerator.device)
 
@@ -81,18 +88,3 @@ def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 @cache
 def _mesh(kind: str, processes: int) -> DeviceMesh:
     return init_device_mesh(kind, (processes,), mesh_dim_names=("tp",))
-
-
-def _check_alone(processes: int) -> None:
-    from posttrain.models.context import VARIABLE
-
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ConfigError(
-            f"{TENSOR_PARALLEL} = {processes} and an FSDP configuration both split the weights; choose a configuration of"
-            " infra/accelerate without FSDP, such as ddp_gpu.yaml, or remove the variable"
-        )
-    if os.environ.get(VARIABLE, "1").strip() != "1":
-        raise ConfigError(
-            f"{TENSOR_PARALLEL} = {processes} and {VARIABLE} = {os.environ[VARIABLE]}: processes can share either layers or rows; remove"
-            " one of them"
-        )

@@ -140,7 +140,9 @@ def test_layers_split_over_two_processes(alone: Workspace, together: Together) -
                 workspace.succeed("pipelines.reward_readers")
     refused = together.run("pipelines.sft", **extra | {"POSTTRAIN_TENSOR_PARALLEL": "3"})
     assert refused.returncode == 2
-    assert "POSTTRAIN_TENSOR_PARALLEL = 3: all 2 processes of a stage split its layers, or none" in refused.stderr
+    words = "error: POSTTRAIN_TENSOR_PARALLEL = 3: all 2 processes of a stage split its layers, or none"
+    assert refused.stderr.startswith(words)
+    assert refused.stderr.count("error") == 1  # before processes start
 
 
 @pytest.mark.slow

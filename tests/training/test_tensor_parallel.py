@@ -65,7 +65,10 @@ def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("2", "POSTTRAIN_TENSOR_PARALLEL = 2: all 1 processes of a stage split its layers, or none"),
+        (
+            "2",
+            "POSTTRAIN_TENSOR_PARALLEL = 2, and the stage runs as one process, which holds whole layers; give a config",
+        ),
         ("two", "POSTTRAIN_TENSOR_PARALLEL = 'two': must be the number of processes"),
     ],
 )
@@ -80,7 +83,7 @@ def test_a_number_of_processes_that_is_not_that_of_the_stage_is_refused(
 def test_models_that_cannot_be_split_are_named() -> None:
     model = small.tied_llama()
     assert refusal(model, 2) is None
-    assert refusal(model, 4) == "its 2 heads, 2 of them with keys and values, cannot be divided evenly"
+    assert "the model's 2 heads, 2 of them with keys and values, cannot be divided evenly" in str(refusal(model, 4))
     next(model.parameters()).requires_grad_(False)
-    assert refusal(model, 2) == "only a part of it is trained, as with `lora`"
-    assert refusal(small.language_model(shape=small.MOE), 2) == "it is a mixture of experts"
+    assert "only a part is trained, as with `lora`" in str(refusal(model, 2))
+    assert "cannot split a mixture of experts" in str(refusal(small.language_model(shape=small.MOE), 2))
