@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from posttrain.errors import ModelError
 from posttrain.models.checkpointing import without_dropout
 from posttrain.models.ties import untied
-from posttrain.models.weights import FLOATING, weight_files
+from posttrain.models.weights import FLOATING, all_finite, weight_files
 
 STORED = "_posttrain_stored"
 """Attribute of a parameter without values: the file and the name under which they are stored."""
@@ -105,7 +105,7 @@ def _read(parameter: nn.Parameter) -> nn.Parameter:
     path, name = getattr(parameter, STORED)
     with safe_open(path, "pt") as weights:
         value = weights.get_tensor(name).to(torch.float32)
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise ModelError(
             f"{Path(path).parent}: {name} holds NaN or infinity, so every output would be NaN; fetch the weights again, or take an"
             " earlier checkpoint"
