@@ -35,6 +35,7 @@ from benchmarks.gpu_cases import BUDGET, CASES, SHAPES, TINY, Case, Shape, group
 from benchmarks.gpu_curve import determinism
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
+from posttrain.models.kernels import set_kernels
 from posttrain.models.policy import Policy
 from posttrain.planning import sizes
 from posttrain.settings import OptimizerSettings
@@ -54,6 +55,7 @@ CURVES = "curves"
 def main() -> int:
     args = parsed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_kernels(deterministic=False)  # as in a stage
     if args.tiny:
         torch.set_num_threads(1)
     names = args.cases.split(",") if args.cases else [*CASES, CURVES]

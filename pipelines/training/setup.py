@@ -150,6 +150,7 @@ def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: P
 
     from posttrain.distributed import gather_texts
     from posttrain.models.allocator import keep_heap
+    from posttrain.models.kernels import set_kernels
 
     keep_heap()
     logging.set_verbosity_error()
@@ -158,9 +159,7 @@ def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: P
     torch.manual_seed(seed)
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    torch.use_deterministic_algorithms(compute.deterministic)
-    # cuDNN's attention compiles a plan for each shape, up to a second, and nearly every batch has new ones
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    set_kernels(compute.deterministic)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate does not connect the processes unless it is asked to use the CPU.
     on_cpu = world > 1 and not torch.accelerator.is_available()

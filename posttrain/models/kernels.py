@@ -74,6 +74,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     )
 
 
+def set_kernels(deterministic: bool) -> None:
+    """Choose PyTorch's kernels for this process.
+
+    Args:
+        deterministic: only those that give the same bits in every run; cuBLAS also reads CUBLAS_WORKSPACE_CONFIG when it starts.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    # cuDNN's attention compiles a plan for each shape, up to a second, and nearly every batch has new ones
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def stores_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     """Return True if a GPU would compute grouped heads with all scores in memory, [batch, heads, queries, keys].
 

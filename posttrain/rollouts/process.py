@@ -152,8 +152,9 @@ class ProcessEngine:
                 "slots": descriptors[1:],
                 "ends": self.ends,
                 "bf16": self.bf16,
-                "device": "cuda" if self.lm.device.type == "cuda" else "cpu",
+                "device": device_of_sampler(self.lm.device, self.environment.get("CUDA_VISIBLE_DEVICES")),
                 "threads": torch.get_num_threads(),
+                "deterministic": torch.are_deterministic_algorithms_enabled(),
                 "probe": self.probe,
             }
         )
@@ -191,6 +192,26 @@ class ProcessEngine:
                 f" ({tolerance.mean:g} and {tolerance.largest:g} are allowed). {type(self.lm).__name__} cannot be copied through its"
                 " configuration and weights; set staleness: 0"
             )
+
+
+def device_of_sampler(trainer: torch.device, visible: str | None) -> str:
+    """Return the device of a trainer's sampling process: the trainer's, or its share of those that the process sees.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES of the process; None if it is the trainer's.
+
+    Example:
+        Four trainers on GPUs 0 to 3, whose sampling processes have two other GPUs:
+
+        >>> [device_of_sampler(torch.device("cuda", i), "4,5") for i in range(4)]
+        ['cuda:0', 'cuda:1', 'cuda:0', 'cuda:1']
+        >>> device_of_sampler(torch.device("cuda", 3), None), device_of_sampler(torch.device("cuda", 3), "")
+        ('cuda:3', 'cpu')
+    """
+    if trainer.type != "cuda" or (visible is not None and visible.strip() in ("", "-1")):
+        return "cpu"
+    index = trainer.index or 0
+    return f"cuda:{index if visible is None else index % len(visible.split(','))}"
 
 
 def _context(config: Any) -> int:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from posttrain.errors import PosttrainError, memory_fault
 from posttrain.guard import signal_at_parents_death
 from posttrain.models.allocator import keep_heap
+from posttrain.models.kernels import set_kernels
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.packing import packed, to_bytes
@@ -59,6 +60,7 @@ class _Sampler:
 
     def __init__(self, start: Mapping[str, Any]) -> None:
         torch.set_num_threads(start["threads"])
+        set_kernels(start["deterministic"])
         self.lm = build(start)
         whole = SharedTensors([Entry(*entry) for entry in start["whole"]["layout"]], start["whole"]["descriptor"])
         for name, tensor in [*self.lm.named_parameters(remove_duplicate=False), *self.lm.named_buffers()]:

@@ -300,6 +300,7 @@ def test_images_are_pinned_and_do_not_run_as_root(root: Path) -> None:
         assert "\nUSER 10001\n" in target
         assert target.count("--constraint constraints.txt") == 2
         assert target.index("USER 10001") < target.index("ENTRYPOINT")
+    assert targets[1].count("TORCH_INDEX") == 2  # wheels for older drivers
     assert "--no-install-recommends gcc libc6-dev" in targets[1]  # Triton compiles with it
 
 

@@ -75,6 +75,36 @@ def test_an_error_of_the_engine_is_its_own_message(engine: ProcessEngine) -> Non
     assert engine.sample_with(engine.snapshot(SETTINGS), [], SETTINGS) == []
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_process_uses_deterministic_kernels_if_the_trainer_does(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    sent, found = dict[str, object](), []
+
+    def started(request: dict[str, object]) -> NoReturn:
+        sent.update(request)
+        raise RolloutError("enough")
+
+    def build(_: object) -> NoReturn:
+        found.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+        raise RolloutError("enough")
+
+    monkeypatch.setattr("posttrain.rollouts.sampling_process.build", build)
+    made = ProcessEngine(small.tied_llama(), small.EOS, slots=1)
+    monkeypatch.setattr(made, "_exchange", started)
+    try:
+        torch.use_deterministic_algorithms(deterministic)
+        with pytest.raises(RolloutError, match="enough"):
+            made.snapshot(SETTINGS)
+        torch.use_deterministic_algorithms(False)
+        serve(io.BytesIO(json.dumps(sent).encode() + b"\n"), io.BytesIO())
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        made.close()
+    assert found == [(deterministic, False)]
+
+
 def _lacks() -> NoReturn:
     torch.empty(2**56)
     raise AssertionError
