@@ -50,6 +50,17 @@ def _faster(kind: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
+def is_rms_norm(module: nn.Module) -> bool:
+    """Return True if a module computes Llama's norm, also if `fuse` has changed it."""
+    own = type(module).forward
+    return _same_code(own, llama.LlamaRMSNorm.forward) or _same_code(own, _norm_of(llama.LlamaRMSNorm))
+
+
+def has_code_of(function: Any, other: Any) -> bool:
+    """Return True if two functions compute the same with the same names."""
+    return _same_code(function, other)
+
+
 def _with_forward(kind: type[nn.Module], forward: Any) -> type[nn.Module]:
     own = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), own)

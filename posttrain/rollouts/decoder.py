@@ -28,6 +28,7 @@ from posttrain.data.transfer import together
 from posttrain.models.reach import PLAIN_LENGTH, SMALL_WINDOW, find_reach, probe_ids, shrunk
 from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded, is_tensor_parallel
 from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
+from posttrain.rollouts.plain_step import PlainStep, plain_step
 from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, PromptLayer, Slots, StateKind
 from posttrain.rollouts.steps import RECORDERS, StepRunner
@@ -44,12 +45,19 @@ class Decoder:
 
     Args:
         shared: use `shared_attention`; otherwise the model's own attention over padded copies.
+        plain: layers of the plain family, which compute a step in place of the model's own.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, shared: bool, bf16: bool = False, reach: int | None = None, windowed: bool = False
+        self,
+        lm: PreTrainedModel,
+        shared: bool,
+        bf16: bool = False,
+        reach: int | None = None,
+        windowed: bool = False,
+        plain: PlainStep | None = None,
     ) -> None:
-        self.lm, self.shared, self.bf16, self.reach = lm, shared, bf16, reach
+        self.lm, self.shared, self.bf16, self.reach, self.plain = lm, shared, bf16, reach, plain
         self.windowed = windowed
         """True if a layer has asked for a window."""
         self.head = lm.get_output_embeddings()
@@ -166,7 +174,7 @@ class Decoder:
     def continues(self) -> bool:
         """Return True if prompts that continue kept states of different lengths give the logits of a plain forward pass."""
         if self._continues is None:
-            probe = Decoder(self.lm, self.shared)
+            probe = Decoder(self.lm, self.shared, plain=self.plain)
             try:
                 with probe.decoding(), InFloat32() if gathers_bf16(self.lm) else nullcontext():
                     probe.check_continued()
@@ -201,6 +209,17 @@ class Decoder:
     def step(self, slots: Slots, tokens: Tensor) -> Tensor:
         """Append `tokens` [answers, 1] to the answers; return hidden states [answers, hidden]. The host counts them by itself."""
         slots.prepare()
+        if self.plain is not None:
+            positions = (slots.row_lengths + slots.row_ages)[:, None]
+            hidden = self.plain(tokens, positions, slots, self.casts.get(self.lm.base_model, {}))
+        else:
+            hidden = self._own_step(slots, tokens)
+        self.windowed |= bool(slots.windows)
+        slots.grow()
+        return hidden
+
+    def _own_step(self, slots: Slots, tokens: Tensor) -> Tensor:
+        """Return the hidden states by the model's own layers."""
         inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": slots.cache}
         if self.takes_positions:
             inputs["position_ids"] = (slots.row_lengths + slots.row_ages)[:, None]
@@ -209,10 +228,7 @@ class Decoder:
             inputs |= {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device), "slots": slots}
         else:
             inputs["attention_mask"] = slots.mask().long()
-        hidden = self._trunk(**inputs)
-        self.windowed |= bool(slots.windows)
-        slots.grow()
-        return hidden[:, -1]
+        return self._trunk(**inputs)[:, -1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [answers, vocabulary]."""
@@ -305,10 +321,12 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
     if getattr(lm, "_is_stateful", False):
         return "it has a recurrent state instead of keys and values"
     reason = ""
-    for shared in (True, False):
+    plain = plain_step(lm)
+    ways = [(True, plain)] if plain is not None else []
+    for shared, own in (*ways, (True, None), (False, None)):
         if shared and not lm._can_set_attn_implementation():
             continue
-        probe = Decoder(lm, shared)
+        probe = Decoder(lm, shared, plain=own)
         try:
             with probe.decoding(), InFloat32() if gathers_bf16(lm) else nullcontext():
                 probe.check()
@@ -322,7 +340,7 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
             if reach == 0:
                 reason = f"its cache gives other logits in a row of {PLAIN_LENGTH} tokens"
                 continue
-            found = Decoder(lm, shared, bf16 or gathers_bf16(lm), reach, probe.windowed)
+            found = Decoder(lm, shared, bf16 or gathers_bf16(lm), reach, probe.windowed, own)
             found.kinds = probe.kinds
             return found
     return reason

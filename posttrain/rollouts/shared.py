@@ -48,19 +48,24 @@ def shared_attention(
     if slots is None:
         return padded_attention(module, query, key, value, attention_mask, scores, **kwargs)
     refuse_more_than_plain(kwargs)
-    layer = slots.layers[cast(int, module.layer_idx)]
+    # transformers expects [answers, 1, heads, size]
+    return slot_attention(query[:, :, 0], slots, cast(int, module.layer_idx), scores)[:, None], None
+
+
+def slot_attention(query: Tensor, slots: Slots, number: int, scores: Scores) -> Tensor:
+    """Return attention of one new token per answer, [answers, heads, size], over the keys and values of layer `number`."""
+    layer = slots.layers[number]
     own = layer.answers[0]
-    # [answers, heads, 1, size] -> [answers, heads, size]; then heads split into [key heads, repeats] for grouped queries
-    scaled = query[:, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaled = query * (query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling)
+    # heads are split into [key heads, repeats] for grouped queries
     grouped = scaled.to(own.dtype).unflatten(1, (own.shape[1], -1))
     # the slots already have the dtype of the products; autocast would cast all keys and values in every step
     with torch.autocast(query.device.type, enabled=False):
         parts = [
             part.attend(grouped[part.rows], layer.prompts, layer.answers, scores)
-            for part in slots.within(sliding_window)
+            for part in slots.within(scores.window)
         ]
-    # transformers expects [answers, 1, heads, size]
-    return torch.cat(parts).flatten(1, 2)[:, None], None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1, 2)
 
 
 AttentionInterface.register(NAME, shared_attention)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from posttrain.rollouts import slots
-from posttrain.rollouts.decoder import Decoder
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
+from posttrain.rollouts.plain_step import PlainStep
 from posttrain.rollouts.steps import RECORDERS, StepRunner
 from tests.models import small
 from tests.rollouts.replayed import replayed
@@ -76,14 +76,14 @@ def test_a_step_that_asks_the_device_is_not_recorded(
     recorder: Counted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = sampled(small.language_model())
-    trunk = Decoder._trunk
+    step = PlainStep.__call__
 
-    def asking(decoder: Decoder, **inputs: Any) -> Tensor:
-        hidden = trunk(decoder, **inputs)
+    def asking(*given: Any) -> Tensor:
+        hidden: Tensor = step(*given)
         float(hidden.sum())
         return hidden
 
-    monkeypatch.setattr(Decoder, "_trunk", asking)
+    monkeypatch.setattr(PlainStep, "__call__", asking)
     recordings = recorder.recordings
     lm = small.language_model()
     engine = NativeEngine(lm, small.EOS)

@@ -1,0 +1,216 @@
+"""One decoding step of the plain family (Llama, Mistral, Qwen 2 and 3 and models with the same code) in few operators.
+
+A step of transformers' layers has one token a row, so that short operators and Python take as long as the products. Here queries and
+keys share one buffer, a norm and a rotation, residuals are added by the products, and nothing is transposed. The weights are the model's
+own, without a copy. A model is taken by the code of its classes, as in `posttrain.models.fused`; a trial confirms it.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> len(plain_step(model).layers)
+    1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.smollm3 import modeling_smollm3 as smollm3
+
+from posttrain.models.fused import has_code_of, is_rms_norm
+from posttrain.models.kernels import Scores
+from posttrain.models.last_layer import NarrowLayer
+from posttrain.models.shards import is_sharded, is_tensor_parallel
+from posttrain.rollouts.shared import slot_attention
+from posttrain.rollouts.slots import Slots
+
+MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model)
+LAYERS = (llama.LlamaDecoderLayer,)
+ATTENTIONS = (
+    llama.LlamaAttention,
+    mistral.MistralAttention,
+    qwen2.Qwen2Attention,
+    qwen3.Qwen3Attention,
+    smollm3.SmolLM3Attention,
+)
+MISTRAL = mistral.MistralAttention.forward
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class PlainStep:
+    """The layers of a model as one step computes them."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers = [PlainLayer(layer) for layer in model.layers]
+
+    def __call__(self, tokens: Tensor, positions: Tensor, slots: Slots, casts: Mapping[str, Tensor]) -> Tensor:
+        """Return the last hidden states [answers, hidden] of one new token per answer, and store its keys and values.
+
+        Args:
+            tokens: [answers, 1], as `positions`.
+            casts: parameters of the model in the dtype of its products, by name; the others keep theirs.
+        """
+        states = self.model.embed_tokens(tokens[:, 0])
+        cos, sin = self.model.rotary_emb(states, positions)
+        # the dtypes of the products are those of their weights: autocast would look for casts in every one
+        with torch.autocast(states.device.type, enabled=False):
+            for number, layer in enumerate(self.layers):
+                states = layer(states, cos, sin, slots, number, _Weights(casts, f"layers.{number}."))
+            norm = self.model.norm
+            return _normalised(states, norm.weight, norm.variance_epsilon)
+
+
+class PlainLayer:
+    """One layer. Its modules are read in every step, so that a trial may change their windows."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.attention, self.mlp = layer, layer.self_attn, layer.mlp
+        linears = (self.attention.q_proj, self.attention.k_proj)
+        self.size = self.attention.head_dim
+        self.heads, self.key_heads = (linear.out_features // self.size for linear in linears)
+        self.has_head_norms = hasattr(self.attention, "q_norm")
+
+    def __call__(
+        self, states: Tensor, cos: Tensor, sin: Tensor, slots: Slots, number: int, weights: _Weights
+    ) -> Tensor:
+        layer, attention, mlp = self.layer, self.attention, self.mlp
+        given = _normalised(states, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
+        mixed = self._attended(given, cos, sin, slots, number, weights)
+        states = weights.added(states, mixed, attention.o_proj, "self_attn.o_proj")
+        norm = layer.post_attention_layernorm
+        given = weights.taken(_normalised(states, norm.weight, norm.variance_epsilon), mlp.gate_proj, "mlp.gate_proj")
+        gate = mlp.act_fn(weights.product(given, mlp.gate_proj, "mlp.gate_proj"))
+        gate = gate.mul_(weights.product(given, mlp.up_proj, "mlp.up_proj"))
+        return weights.added(states, gate, mlp.down_proj, "mlp.down_proj")
+
+    def _attended(
+        self, given: Tensor, cos: Tensor, sin: Tensor, slots: Slots, number: int, weights: _Weights
+    ) -> Tensor:
+        """Return what the answers' new tokens read, [answers, heads x size]."""
+        attention, heads, key_heads, size = self.attention, self.heads, self.key_heads, self.size
+        given = weights.taken(given, attention.q_proj, "self_attn.q_proj")
+        # queries and keys in one buffer, [answers, heads + key heads, size]
+        both = given.new_empty(len(given), heads + key_heads, size)
+        flat = both.flatten(1)
+        weights.product(given, attention.q_proj, "self_attn.q_proj", flat[:, : heads * size])
+        weights.product(given, attention.k_proj, "self_attn.k_proj", flat[:, heads * size :])
+        values = weights.product(given, attention.v_proj, "self_attn.v_proj").unflatten(1, (key_heads, size))
+        if self.has_head_norms:
+            norms = attention.q_norm, attention.k_norm
+            of_heads = [norm.weight.expand(n, size) for norm, n in zip(norms, (heads, key_heads), strict=True)]
+            both = _normalised(both, torch.cat(of_heads), norms[0].variance_epsilon)
+        rotated = _rotated(both, cos, sin) if getattr(attention, "use_rope", True) else both
+        slots.layers[number].update(rotated[:, heads:, None], values[:, :, None])
+        # Mistral's attention reads the configuration
+        windowed = attention.config if has_code_of(_innermost(type(attention)), MISTRAL) else attention
+        scores = Scores(attention.scaling, getattr(windowed, "sliding_window", None))
+        return slot_attention(rotated[:, :heads], slots, number, scores).flatten(1)
+
+
+class _Weights:
+    """The parameters of a layer's linear modules, some of them cast.
+
+    Args:
+        prefix: of the layer in the names of `casts`.
+    """
+
+    def __init__(self, casts: Mapping[str, Tensor], prefix: str) -> None:
+        self.casts, self.prefix = casts, prefix
+
+    def weight(self, linear: Any, name: str) -> Tensor:
+        cast: Tensor = self.casts.get(f"{self.prefix}{name}.weight", linear.weight) if self.casts else linear.weight
+        return cast
+
+    def taken(self, given: Tensor, linear: Any, name: str) -> Tensor:
+        """Return `given` in the dtype of the module's weight."""
+        return given.to(self.weight(linear, name).dtype)
+
+    def product(self, given: Tensor, linear: Any, name: str, out: Tensor | None = None) -> Tensor:
+        """Return the module's output, in `out` if there is one."""
+        weight, bias = self.weight(linear, name), linear.bias
+        bias = bias if bias is None else bias.to(weight.dtype)
+        if out is None:
+            return functional.linear(given, weight, bias)
+        return torch.mm(given, weight.t(), out=out) if bias is None else torch.addmm(bias, given, weight.t(), out=out)
+
+    def added(self, states: Tensor, given: Tensor, linear: Any, name: str) -> Tensor:
+        """Return `states` plus the module's output; `states` are overwritten if the dtypes are equal."""
+        weight = self.weight(linear, name)
+        given = given.to(weight.dtype)
+        if states.dtype != weight.dtype or linear.bias is not None:
+            return states + self.product(given, linear, name)
+        return states.addmm_(given, weight.t())
+
+
+def _normalised(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return x w / sqrt(mean(x^2) + epsilon) over the last dimension, in the order and dtypes of transformers' norms."""
+    wide = states.float()
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    scale = squares.div_(states.shape[-1]).add_(epsilon).rsqrt_()
+    normal = (wide * scale).to(states.dtype)
+    return normal.mul_(weight) if normal.dtype == weight.dtype else normal * weight
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return [answers, heads, size] rotated by `cos` and `sin` [answers, 1, size]."""
+    half = states.shape[-1] // 2
+    rotated = states * cos
+    states = states.to(rotated.dtype)
+    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return rotated
+
+
+def plain_step(lm: PreTrainedModel) -> PlainStep | None:
+    """Return the step of a model of the plain family, None for others and for weights that processes split."""
+    model: Any = lm.base_model
+    if is_sharded(lm) or is_tensor_parallel(lm) or not _has_forward_of(model, MODELS):
+        return None
+    if not (is_rms_norm(model.norm) and type(model.embed_tokens) is nn.Embedding and _unchanged(model.embed_tokens)):
+        return None
+    return PlainStep(model) if len(model.layers) and all(map(_is_plain, model.layers)) else None
+
+
+def _is_plain(layer: Any) -> bool:
+    if not _has_forward_of(layer, LAYERS):
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    modules = [*(getattr(attention, name) for name in PROJECTIONS), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    plain = _has_forward_of(attention, ATTENTIONS) and _has_forward_of(mlp, (llama.LlamaMLP,))
+    return plain and all(map(is_rms_norm, norms)) and all(map(_is_linear, modules)) and len(norms) in (2, 4)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and _unchanged(module)
+
+
+def _has_forward_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Return True if the module's forward function is the same as that of one of `kinds`."""
+    return _unchanged(module) and any(has_code_of(_innermost(type(module)), _innermost(kind)) for kind in kinds)
+
+
+def _innermost(kind: type[nn.Module]) -> Callable[..., Any]:
+    """Return the forward function of a class without its decorators."""
+    function: Any = kind.forward
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    found: Callable[..., Any] = function
+    return found
+
+
+def _unchanged(module: nn.Module) -> bool:
+    """Return True if a call of the module is one of its class: no function replaces it, and hooks only narrow the last layer."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return "forward" not in vars(module) and all(isinstance(getattr(h, "__self__", None), NarrowLayer) for h in hooks)
