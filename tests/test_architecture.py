@@ -38,6 +38,8 @@ EXTRAS = {
     "lm_eval": ["posttrain/evaluation/benchmarks.py"],
     "math_verify": ["posttrain/rewards/mathematics.py"],
     "peft": ["posttrain/models/lora.py"],
+    # a neighbour, in vLLM's environment
+    "posttrain_group": ["posttrain/rollouts/vllm/worker/posttrain_receiver.py"],
     "scipy": ["posttrain/evaluation/crossed.py", "posttrain/evaluation/drift.py", "posttrain/evaluation/runs.py"],
     "websockets": ["posttrain/environments/openenv.py"],
 }

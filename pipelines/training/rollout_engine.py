@@ -4,7 +4,7 @@ POSTTRAIN_VLLM_URLS      running servers (`http://…` or `unix:PATH`), separate
 POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start a server; default: the one of infra/vllm/setup.sh
 POSTTRAIN_VLLM_ARGS      additional arguments for a started server
 POSTTRAIN_VLLM_DEVICES   CUDA_VISIBLE_DEVICES of a started server
-POSTTRAIN_VLLM_TRANSFER  how servers get the weights: folder (default), memory, or stream:HOST:PORT
+POSTTRAIN_VLLM_TRANSFER  how servers get the weights: folder (default), memory, stream:HOST:PORT, nccl, nccl:HOST:PORT, or ipc
 POSTTRAIN_VLLM_FOLDER    folder for the weights of the server, e.g. on a RAM disk; default: the run's state
 POSTTRAIN_VLLM_SLEEP     1: a server on the trainer's GPU gives its memory back between samples
 POSTTRAIN_SAMPLER_DEVICES  CUDA_VISIBLE_DEVICES of the process that samples ahead (staleness) with the native engine
@@ -97,8 +97,8 @@ def sampling_engine(
     text = lm.config.get_text_config()
     length = min(context_limit(text.to_dict()) or 2**31, max(longest, RANDOM_TOKENS + 1))
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"
-    named, sleep, way = _named_servers(on_one_host(accelerator)), _sleep(lm), _transfer()
-    share = partial(_memory_share, lm, context, sleep is not None)
+    named, sleep, way = _named_servers(on_one_host(accelerator)), _sleep(lm), _transfer(lm)
+    share = partial(_memory_share, lm, context, sleep is not None, 1 + staleness if way == "ipc" else 0)
     made = VllmEngine(
         lm,
         encoder.ends,
@@ -137,18 +137,59 @@ def closing(engine: Engine) -> Iterator[None]:
             close()
 
 
-def _transfer() -> str:
+WAYS = ("folder", "memory", "nccl", "ipc")
+
+
+def _transfer(lm: PreTrainedModel) -> str:
     """Return how servers get the weights.
 
-    Raises ConfigError for an unknown way.
+    Raises ConfigError for an unknown way, or one that the devices of trainer and servers do not allow.
     """
     way = os.environ.get("POSTTRAIN_VLLM_TRANSFER") or "folder"
-    if way not in ("memory", "folder") and not (way.startswith("stream:") and way.rpartition(":")[2].isdigit()):
+    kind, _, address = way.partition(":")
+    addressed = kind in ("stream", "nccl") and len(address) > 1 and address.rpartition(":")[2].isdigit()
+    if way not in WAYS and not addressed:
         raise ConfigError(
-            f"POSTTRAIN_VLLM_TRANSFER = {way!r} is no way to bring weights to servers; set memory (servers on this machine), folder, or"
-            " stream:HOST:PORT with an address of this machine, e.g. stream:127.0.0.1:0 (docs/rollouts.md)"
+            f"POSTTRAIN_VLLM_TRANSFER = {way!r} is no way to bring weights to servers; set memory (servers on this machine), ipc (on the"
+            " trainer's GPU), nccl (on other GPUs), nccl:HOST:PORT or stream:HOST:PORT with an address of this machine, e.g."
+            " stream:127.0.0.1:0, or folder (docs/rollouts.md)"
+        )
+    shared = _shares_device(lm)
+    if kind == "ipc" and lm.device.type != "cuda":
+        raise ConfigError(
+            "POSTTRAIN_VLLM_TRANSFER = ipc, and the trainer is on a CPU: CUDA IPC needs a GPU that trainer and server share; set memory"
+        )
+    if kind == "ipc" and shared is False:
+        raise ConfigError(
+            f"POSTTRAIN_VLLM_TRANSFER = ipc, and POSTTRAIN_VLLM_DEVICES = {os.environ['POSTTRAIN_VLLM_DEVICES']} is not the trainer's GPU"
+            f" ({_own_device(lm)}): CUDA IPC needs one GPU for both; set nccl, or name the trainer's GPU"
+        )
+    if kind == "nccl" and shared is True:
+        raise ConfigError(
+            f"POSTTRAIN_VLLM_TRANSFER = {way}, and the server is on the trainer's GPU ({_own_device(lm)}), which NCCL refuses; set ipc, or"
+            " name other GPUs in POSTTRAIN_VLLM_DEVICES"
         )
     return way
+
+
+def _shares_device(lm: PreTrainedModel) -> bool | None:
+    """Return whether a server that this stage starts is on the trainer's GPU; None if that is not known before the server answers."""
+    if lm.device.type != "cuda" or os.environ.get("POSTTRAIN_VLLM_URLS"):
+        return None
+    devices = os.environ.get("POSTTRAIN_VLLM_DEVICES")
+    if not devices:
+        return True
+    named, own = [device.strip() for device in devices.split(",")], _own_device(lm)
+    # an index and a UUID may name one device
+    alike = all(device.isdigit() == own.isdigit() for device in named)
+    return own in named if alike else None
+
+
+def _own_device(lm: PreTrainedModel) -> str:
+    """Return the trainer's GPU as CUDA_VISIBLE_DEVICES names it."""
+    visible = [device.strip() for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    index = lm.device.index or 0
+    return visible[index] if index < len(visible) else str(index)
 
 
 def _sleep(lm: PreTrainedModel) -> Sleep | None:
@@ -173,10 +214,13 @@ def _sleep(lm: PreTrainedModel) -> Sleep | None:
     return Sleep(lambda: int(device.mem_get_info(lm.device)[0]), size // 2, device.empty_cache)
 
 
-def _memory_share(lm: PreTrainedModel, context: RunContext, sleeps: bool = False) -> float | None:
+def _memory_share(lm: PreTrainedModel, context: RunContext, sleeps: bool = False, snapshots: int = 0) -> float | None:
     """Return the share of the trainer's GPU that a server on the same one may use; None on a CPU.
 
     Next to a server that sleeps during an update the trainer keeps only weights and the optimiser's state.
+
+    Args:
+        snapshots: copies of the trained weights on the GPU, from which the server takes them.
     """
     if lm.device.type == "cpu":
         return None
@@ -199,6 +243,9 @@ def _memory_share(lm: PreTrainedModel, context: RunContext, sleeps: bool = False
     )
     if sleeps:
         memory = replace(memory, activations=0, cache=0, logits=0, temporary=0)
+    numbers = sum(parameter.numel() for parameter in parameters) if adapter is None else adapter
+    copied = snapshots * numbers * (2 if compute.bf16 and adapter is None else 4)
+    memory = replace(memory, weights=memory.weights + copied)
     return server_share(torch.get_device_module(lm.device).mem_get_info(lm.device)[1], memory)
 
 

@@ -145,6 +145,8 @@ class Peer:
             return 200, {"results": [None]}
         if not self.extension:
             return 500, {"error": f"Worker has no attribute {method}"}
+        if method == "posttrain_groups":
+            return 200, {"results": [self.worker.posttrain_groups()]}
         result = self.worker.posttrain_load(**arguments)
         self.fetched.append(result.get("bytes", 0))
         return 200, {"results": [result]}

@@ -122,7 +122,7 @@ def test_weights_travel_through_memory_and_over_http_and_a_cpu_does_not_sleep(
             **options,
         )
 
-    for way in ("memory", "stream:127.0.0.1:0"):
+    for way in ("memory", "stream:127.0.0.1:0", "nccl", "ipc"):
         engine = on(way)
         for number in range(3):
             for name, parameter in policy.named_parameters():

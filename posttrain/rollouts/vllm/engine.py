@@ -57,7 +57,7 @@ class VllmEngine:
         version: returns a number that changes when the policy's weights do.
         folder: where weights are written for the servers to read.
         probes: sequences whose log-probabilities a server must reproduce.
-        transfer: `folder`; `memory` if the servers can map this process's memory; or `stream:HOST:PORT`, where they fetch the weights.
+        transfer: `folder`, or a way of Published.
         sleep: gives the servers' memory back while they are not asked.
     """
 
@@ -90,7 +90,7 @@ class VllmEngine:
         self._reading: tuple[list[dict[str, str]], int] | None = None
         self.published: Published | None = None
         if transfer != "folder" and self._main:
-            self.published = Published(lm, self.dtype, transfer.removeprefix("memory").removeprefix("stream:"))
+            self.published = Published(lm, self.dtype, transfer)
         self._proven = self._named = False
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
@@ -288,10 +288,13 @@ class VllmEngine:
 
     def _load(self, server: VllmServer) -> None:
         reading = self._reading if self.published is None else self._sources(self.published)
+        sender = None if self.published is None else self.published.sender
         if reading is None:
             server.update(self.weights)
+        elif sender is None and reading[0][-1]["way"] == "nccl":
+            raise ServerError(f"{server.url} was lost, and only the main process can send it weights by nccl")
         else:
-            server.fetch(*reading, self.folder / "config")
+            server.fetch(*reading, self.folder / "config", sender)
 
     def _sources(self, published: Published) -> tuple[list[dict[str, str]], int]:
         write_config(self.lm, self.folder / "config")

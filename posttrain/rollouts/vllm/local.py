@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -24,6 +25,9 @@ from posttrain.errors import RolloutError, ServerError
 from posttrain.guard import GROUP_GRACE_SECONDS, guarded_group
 from posttrain.rollouts.vllm.connection import UNIX, private_folder
 from posttrain.rollouts.vllm.server import REQUEST_SECONDS, VllmServer
+
+if TYPE_CHECKING:
+    from posttrain.rollouts.vllm.broadcast import Sender
 
 START_SECONDS, POLL_SECONDS = 900.0, 0.5
 DEFAULTS = {
@@ -105,16 +109,18 @@ class LocalServer(VllmServer):
                 tqdm.write(f"{error}; restarting it", file=sys.stderr)
         self._start(folder)
 
-    def fetch(self, sources: Sequence[Mapping[str, str]], size: int, folder: Path) -> None:
+    def fetch(
+        self, sources: Sequence[Mapping[str, str]], size: int, folder: Path, sender: Sender | None = None
+    ) -> None:
         """Fetch weights as VllmServer does; if the server does not run, start it first."""
         if self._process is not None and self._process.poll() is None:
             try:
-                super().fetch(sources, size, folder)
+                super().fetch(sources, size, folder, sender)
                 return
             except ServerError as error:
                 tqdm.write(f"{error}; restarting it", file=sys.stderr)
         self._start(folder, empty=True)
-        super().fetch(sources, size, folder)
+        super().fetch(sources, size, folder, sender)
 
     def close(self) -> None:
         self._stop.set()

@@ -1,7 +1,8 @@
 """Weights that servers fetch from the trainer's memory: a file without a name or a disk, in safetensors' format.
 
-Servers on this machine map it; others read it over HTTP under a path that cannot be guessed. With an adapter the weights below it are
-published once, and every version is only the adapter.
+Servers on this machine map it; others read it over HTTP under a path that cannot be guessed. On a GPU the weights may stay on it: servers
+copy them there (CUDA IPC), or receive them by broadcast (NCCL). With an adapter the weights below it are published once, and every version
+is only the adapter.
 
 Example:
     >>> from posttrain.models.tiny import TinyShape, tiny_model
@@ -16,9 +17,7 @@ Example:
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import secrets
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -30,75 +29,33 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import RolloutError
 from posttrain.models.plain import plain_state
-from posttrain.rollouts.shared_memory import anonymous_file
-from posttrain.rollouts.vllm.worker.posttrain_receiver import DTYPES, PAUSE_SECONDS, merged
+from posttrain.rollouts.vllm.broadcast import Sender
+from posttrain.rollouts.vllm.packed import DeviceBuffer, MemoryFile
+from posttrain.rollouts.vllm.worker.posttrain_group import PAUSE_SECONDS, device_name, exported
+from posttrain.rollouts.vllm.worker.posttrain_receiver import merged
 
-NAMES = {getattr(torch, torch_name): name for name, torch_name in DTYPES.items()}
 PIECE = 2**24
 """Bytes that are sent at once."""
-
-
-class MemoryFile:
-    """Tensors in the format of safetensors, in memory that other processes of this user can map."""
-
-    def __init__(self, state: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-        """Claim the memory.
-
-        Raises:
-            OSError: there is none left.
-        """
-        self.mark, self.about = secrets.token_hex(16), dict(about)
-        # large items first, so that every tensor is aligned
-        names = sorted(state, key=lambda name: (-state[name].dtype.itemsize, name))
-        entries: dict[str, Any] = {"__metadata__": {**about, "mark": self.mark}}
-        end = 0
-        for name in names:
-            begin, end = end, end + state[name].numel() * state[name].dtype.itemsize
-            entries[name] = {
-                "dtype": NAMES[state[name].dtype],
-                "shape": list(state[name].shape),
-                "data_offsets": [begin, end],
-            }
-        header = json.dumps(entries).encode()
-        header += b" " * (-len(header) % 8)
-        self.size = 8 + len(header) + end
-        self.descriptor = anonymous_file(self.size)
-        self.memory = mmap.mmap(self.descriptor, self.size)
-        self.memory[: 8 + len(header)] = len(header).to_bytes(8, "little") + header
-        self.tensors: dict[str, Tensor] = {}
-        for name in names:
-            begin = 8 + len(header) + entries[name]["data_offsets"][0]
-            count = state[name].numel()
-            if count:
-                flat = torch.frombuffer(self.memory, dtype=state[name].dtype, count=count, offset=begin)
-                self.tensors[name] = flat.reshape(state[name].shape)
-        self.fill(state)
-
-    def fill(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the values of the tensors."""
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                tensor.copy_(state[name])
-
-    def close(self) -> None:
-        """Close the file. The memory is freed when no process maps it."""
-        os.close(self.descriptor)
 
 
 class Published:
     """The policy's weights at some versions.
 
     Args:
-        address: HOST:PORT of this machine, where servers on other hosts fetch the weights; empty: they are on this machine and map them.
+        way: `memory`: servers are on this machine and map them; `stream:HOST:PORT`: they fetch them at this address; `ipc`: they copy
+            them on the policy's device; `nccl` or `nccl:HOST:PORT`: they receive broadcasts, and meet the trainer at this address.
     """
 
-    def __init__(self, lm: PreTrainedModel, dtype: torch.dtype, address: str = "") -> None:
+    def __init__(self, lm: PreTrainedModel, dtype: torch.dtype, way: str = "memory") -> None:
         self.lm, self.dtype = lm, dtype
+        self.way, _, address = way.partition(":")
         self.adapters = _adapters(lm)
         self.base: MemoryFile | None = None
-        self.versions: dict[int, MemoryFile] = {}
-        self.spare: list[MemoryFile] = []
-        self.stream = Stream(address) if address else None
+        self.versions: dict[int, MemoryFile | DeviceBuffer] = {}
+        self.spare: list[MemoryFile | DeviceBuffer] = []
+        self._handles: dict[str, str] = {}
+        self.stream = Stream(address) if self.way == "stream" else None
+        self.sender = Sender(address, lm.device) if self.way == "nccl" else None
 
     def take(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
         """Copy the present weights. `state` is the result of `plain_state`, if it is known.
@@ -122,7 +79,7 @@ class Published:
             for name, (a, b, _) in self.adapters.items():
                 parts |= {f"{name}.A": a.detach(), f"{name}.B": b.detach()}
             self._put(version, parts, about)
-        except OSError as error:
+        except (OSError, torch.OutOfMemoryError) as error:
             raise RolloutError(
                 f"no memory for the weights that vLLM servers fetch ({error}); free some, or set POSTTRAIN_VLLM_TRANSFER=folder"
             ) from error
@@ -130,13 +87,31 @@ class Published:
     def sources(self, version: int) -> list[dict[str, str]]:
         """Return what a worker needs in order to read the weights of a version."""
         files = [*([self.base] if self.base else []), self.versions[version]]
-        if self.stream is None:
-            return [
-                {"way": "memory", "path": f"/proc/{os.getpid()}/fd/{file.descriptor}", "mark": file.mark}
-                for file in files
-            ]
-        self.stream.files = {file.mark: file for file in files}
-        return [{"way": "stream", "path": self.stream.url(file.mark), "mark": file.mark} for file in files]
+        if self.stream is not None:
+            self.stream.files = {file.mark: file for file in files if isinstance(file, MemoryFile)}
+        if self.sender is not None:
+            self.sender.files = {file.mark: file for file in files}
+        return [self._source(file) for file in files]
+
+    def _source(self, file: MemoryFile | DeviceBuffer) -> dict[str, str]:
+        if self.stream is not None:
+            return {"way": "stream", "path": self.stream.url(file.mark), "mark": file.mark}
+        if self.sender is not None:
+            return {"way": "nccl", "path": self.sender.address, "mark": file.mark, "header": file.header}
+        if isinstance(file, MemoryFile):
+            return {"way": "memory", "path": f"/proc/{os.getpid()}/fd/{file.descriptor}", "mark": file.mark}
+        if file.mark not in self._handles:
+            self._handles[file.mark] = json.dumps(exported(file.content.untyped_storage()))
+        device = device_name(file.content.device)
+        handle = self._handles[file.mark]
+        return {
+            "way": "ipc",
+            "path": device,
+            "mark": file.mark,
+            "header": file.header,
+            "device": device,
+            "handle": handle,
+        }
 
     def size(self, version: int) -> int:
         """Return the bytes that a worker reads for a version, at most."""
@@ -159,6 +134,8 @@ class Published:
         """Give all memory back."""
         if self.stream is not None:
             self.stream.close()
+        if self.sender is not None:
+            self.sender.close()
         for file in [*([self.base] if self.base else []), *self.versions.values(), *self.spare]:
             file.close()
         self.base, self.versions, self.spare = None, {}, []
@@ -168,7 +145,8 @@ class Published:
             file = self.spare.pop()
             file.fill(state)
         else:
-            file = MemoryFile(state, about)
+            on_device = self.way in ("ipc", "nccl")
+            file = DeviceBuffer(state, about, self.lm.device) if on_device else MemoryFile(state, about)
         self.versions[version] = file
 
 

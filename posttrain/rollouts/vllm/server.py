@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from posttrain.rollouts.vllm.connection import base_path, new_connection
 from posttrain.rollouts.vllm.progress import LOOK_SECONDS, STALL_SECONDS, tokens_counted, wait_for_reply
 from posttrain.rollouts.vllm.replies import field, first, of_prompt, sampled, served_model
 
+if TYPE_CHECKING:
+    from posttrain.rollouts.vllm.broadcast import Sender
+
 REQUEST_SECONDS = 900.0
 """A server that has not answered by then is considered hung, whatever it counts."""
 HEALTH_SECONDS = 10.0
@@ -28,6 +31,18 @@ LOAD_SECONDS, LOAD_BYTES_PER_SECOND = 60.0, 20e6
 """Longest load of weights: a start, and the pace of a slow disk or network."""
 CACHE_RESETS = 20
 """Attempts to empty the prefix cache; the server refuses while an aborted request still holds a part of it."""
+AWAY = (
+    "A server on a different host, in a different container or of a different user needs POSTTRAIN_VLLM_TRANSFER=stream:HOST:PORT, an"
+    " address of this machine that it reaches, or POSTTRAIN_VLLM_TRANSFER=folder"
+)
+REACH = {
+    "memory": AWAY,
+    "stream": AWAY,
+    "ipc": f"ipc needs a server on the trainer's GPU, of the same user, that shares /dev/shm. {AWAY}",
+    "nccl": "Servers on other hosts need POSTTRAIN_VLLM_TRANSFER=nccl:HOST:PORT, an address of this machine that they reach; if NCCL"
+    " finds no network, set NCCL_SOCKET_IFNAME, or POSTTRAIN_VLLM_TRANSFER=stream:HOST:PORT",
+}
+"""How to mend weights that do not arrive, for each way."""
 SLEEPLESS = "start it on a GPU with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or unset POSTTRAIN_VLLM_SLEEP (docs/rollouts.md)"
 
 
@@ -61,18 +76,45 @@ class VllmServer:
         self._call("reload_weights", {"weights_path": str(folder)}, size)
         self._reset()
 
-    def fetch(self, sources: Sequence[Mapping[str, str]], size: int, folder: Path) -> None:
+    def fetch(
+        self, sources: Sequence[Mapping[str, str]], size: int, folder: Path, sender: Sender | None = None
+    ) -> None:
         """Let every worker fetch `size` bytes of weights from the trainer's memory, and drop everything computed with older ones.
 
         Args:
             folder: of the model's configuration, for a server that has yet to start.
+            sender: sends the weights to the workers, which else read them.
 
         Raises:
             RolloutError: it was started without the extension that fetches, or cannot reach the memory.
         """
         self.connect()
+        if sender is None:
+            results = self._extension("posttrain_load", {"sources": list(sources)}, size)
+        else:
+            results = sender.send(
+                self.url,
+                sources,
+                lambda: self._extension("posttrain_groups", {}, 0),
+                lambda announced: self._call("posttrain_load", {"sources": announced}, size),
+            )
+        for found in results:
+            if not isinstance(found, dict) or "error" in found:
+                reason = found["error"] if isinstance(found, dict) else f"it answered {found!r}"
+                raise RolloutError(
+                    f"{self.url} cannot read the weights from {sources[-1]['path']}: {reason}. {REACH[sources[-1]['way']]}"
+                    " (docs/rollouts.md)"
+                )
+        self._reset()
+
+    def _extension(self, method: str, arguments: Mapping[str, Any], size: int) -> list[Any]:
+        """Call a method of the extension that fetches weights.
+
+        Raises:
+            RolloutError: the server was started without it.
+        """
         try:
-            results = self._call("posttrain_load", {"sources": list(sources)}, size)
+            return self._call(method, arguments, size)
         except ServerError as error:
             self.connect()  # raises ServerError if the server has ended, which a restart may mend
             raise RolloutError(
@@ -80,15 +122,6 @@ class VllmServer:
                 " --worker-extension-cls posttrain_receiver.Receiver and the folder of that module in PYTHONPATH, or set"
                 " POSTTRAIN_VLLM_TRANSFER=folder (docs/rollouts.md)"
             ) from error
-        for found in results:
-            if not isinstance(found, dict) or "error" in found:
-                reason = found["error"] if isinstance(found, dict) else f"it answered {found!r}"
-                raise RolloutError(
-                    f"{self.url} cannot read the weights from {sources[0]['path']}: {reason}. A server on a different host, in a different"
-                    " container or of a different user needs POSTTRAIN_VLLM_TRANSFER=stream:HOST:PORT, an address of this machine that it"
-                    " reaches, or POSTTRAIN_VLLM_TRANSFER=folder (docs/rollouts.md)"
-                )
-        self._reset()
 
     def sleep(self) -> None:
         """Give the memory of weights and cache back until `wake`.

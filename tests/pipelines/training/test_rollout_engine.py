@@ -20,7 +20,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.journal import read
 from pipelines.runtime.run import Run
 from pipelines.training.on_policy import align
-from pipelines.training.rollout_engine import _own_server, sampling_engine
+from pipelines.training.rollout_engine import _own_server, _transfer, sampling_engine
 from pipelines.training.setup import accelerator
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ConfigError, Interrupted
@@ -248,7 +248,13 @@ def test_without_a_server_or_an_environment_for_one_it_says_what_to_type(
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("TRANSFER", "nccl", "POSTTRAIN_VLLM_TRANSFER = 'nccl' is no way to bring weights to servers; set memory"),
+        ("TRANSFER", "rdma", "POSTTRAIN_VLLM_TRANSFER = 'rdma' is no way to bring weights to servers; set memory"),
+        ("TRANSFER", "nccl:host", "nccl:HOST:PORT or stream:HOST:PORT with an address of this machine"),
+        (
+            "TRANSFER",
+            "ipc",
+            "ipc, and the trainer is on a CPU: CUDA IPC needs a GPU that trainer and server share; set memory",
+        ),
         ("TRANSFER", "stream:host", "stream:HOST:PORT with an address of this machine"),
         ("SLEEP", "1", "POSTTRAIN_VLLM_SLEEP is set, and the trainer is on a CPU"),
     ],
@@ -265,6 +271,41 @@ def test_a_way_that_does_not_exist_here_is_refused(
     monkeypatch.setenv(f"POSTTRAIN_VLLM_{variable}", value)
     with pytest.raises(ConfigError, match=message):
         engine(new_run(), params)
+
+
+@pytest.mark.parametrize(
+    ("way", "visible", "devices", "message"),
+    [
+        ("ipc", "4,5", "", None),
+        ("ipc", "4,5", "5", None),
+        ("ipc", "4,5", "4", r"DEVICES = 4 is not the trainer's GPU \(5\): .*set nccl"),
+        ("ipc", "", "0,2", r"DEVICES = 0,2 is not the trainer's GPU \(1\)"),
+        ("nccl", "4,5", "6,7", None),
+        ("nccl:10.0.0.1:5000", "4,5", "", r"on the trainer's GPU \(5\), which NCCL refuses; set ipc"),
+        ("nccl", "GPU-a,GPU-b", "GPU-c, GPU-b", r"on the trainer's GPU \(GPU-b\)"),
+        # only the worker knows whether an index and a UUID are one device
+        ("nccl", "GPU-a,GPU-b", "1", None),
+    ],
+)
+def test_ways_that_the_devices_do_not_allow_are_refused(
+    monkeypatch: pytest.MonkeyPatch, way: str, visible: str, devices: str, message: str | None
+) -> None:
+    for name, value in [
+        ("POSTTRAIN_VLLM_TRANSFER", way),
+        ("CUDA_VISIBLE_DEVICES", visible),
+        ("POSTTRAIN_VLLM_DEVICES", devices),
+        ("POSTTRAIN_VLLM_URLS", ""),
+    ]:
+        monkeypatch.setenv(name, value)
+    lm: Any = argparse.Namespace(device=torch.device("cuda:1"))
+    if message is None:
+        assert _transfer(lm) == way
+    else:
+        with pytest.raises(ConfigError, match=message):
+            _transfer(lm)
+    # servers of your own report their devices themselves
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", "http://one:8000")
+    assert _transfer(lm) == way
 
 
 @pytest.mark.parametrize("urls", ["", "http://one:8000 unix:/run/vllm.sock"])

@@ -1,0 +1,227 @@
+"""Weights that stay on the trainer's device: broadcasts to real workers' processes, and storages that they map."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing import reductions
+
+from posttrain.errors import RolloutError, ServerError
+from posttrain.models.lora import Adapter
+from posttrain.models.plain import plain_state
+from posttrain.rollouts.vllm.broadcast import Sender
+from posttrain.rollouts.vllm.local import WORKER
+from posttrain.rollouts.vllm.published import Published
+from posttrain.rollouts.vllm.worker import posttrain_group as gpu
+from posttrain.settings import LoraSettings
+from tests.models import small
+
+URL = "http://server"
+
+
+class Workers:
+    """The processes of tests/rollouts/receiving.py."""
+
+    def __init__(self, count: int) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("receiving.py")), str(count)]
+        self.lock = Lock()
+        environment = os.environ | {"PYTHONPATH": str(WORKER)}
+        self.process: Any = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+
+    def call(self, method: str, **arguments: Any) -> list[Any]:
+        with self.lock:
+            print(json.dumps({"method": method, "kwargs": arguments}), file=self.process.stdin, flush=True)
+            results = json.loads(self.process.stdout.readline())
+        if results is None:
+            raise ServerError("a worker has ended")
+        return results
+
+    def take(self, published: Published, version: int) -> list[Any]:
+        """Bring a version to all workers."""
+        sources = published.sources(version)
+        if published.sender is None:
+            return self.call("posttrain_load", sources=sources)
+        members, load = (
+            partial(self.call, "posttrain_groups"),
+            lambda announced: self.call("posttrain_load", sources=announced),
+        )
+        return published.sender.send(URL, sources, members, load)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    made = Workers(2)
+    yield made
+    # a worker may still wait for the trainer
+    os.killpg(made.process.pid, signal.SIGKILL)
+    made.process.wait()
+
+
+def bits(state: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: tensor.contiguous().flatten().view(torch.uint8).tolist() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("way", ["nccl", "ipc"])
+def test_every_worker_gets_every_version_to_the_bit(
+    workers: Workers, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = small.tied_llama()
+    published = Published(lm, torch.bfloat16, way)
+    for version in range(2):
+        published.remove(version)
+        published.take(version)
+        size = published.size(version)
+        assert [found["bytes"] for found in workers.take(published, version)] == [size, size]
+        assert workers.call("bits") == [bits(plain_state(lm, torch.bfloat16))] * 2
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.mul_(1.5)
+    # two versions in turn use one piece of memory, and one group
+    assert published.versions.keys() == {1}
+    assert published.sender is None or len(published.sender.groups) == 1
+    published.close()
+
+
+@pytest.mark.parametrize("way", ["nccl", "ipc"])
+def test_the_weights_below_an_adapter_travel_once(workers: Workers, way: str) -> None:
+    lm = small.tied_llama()
+    Adapter(lm, LoraSettings(2, 4.0, ("q_proj",)))
+    published, read = Published(lm, torch.float32, way), []
+    for version in range(2):
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.5 + version)
+        published.take(version)
+        read.append([found["bytes"] for found in workers.take(published, version)])
+        expected = {
+            name: float(tensor.detach().double().sum()) for name, tensor in plain_state(lm, torch.float32).items()
+        }
+        for sums in workers.call("sums"):
+            assert sums == pytest.approx(expected, abs=1e-4)
+    adapter = sum(4 * p.numel() for p in lm.parameters() if p.requires_grad)
+    whole = sum(4 * t.numel() for t in plain_state(lm, torch.float32).values())
+    assert read == [[whole + adapter] * 2, [adapter] * 2]
+    published.close()
+
+
+def test_tensors_are_sent_in_buckets_of_a_limited_size() -> None:
+    layout = [
+        ("a", torch.int8, [6], 0, 6),
+        ("b", torch.int8, [3], 6, 9),
+        ("c", torch.int8, [0], 9, 9),
+        ("d", torch.int8, [2], 9, 11),
+    ]
+    assert [[entry[0] for entry in bucket] for bucket in gpu.buckets(layout, 5)] == [["a"], ["b", "c", "d"]]
+    assert [[entry[0] for entry in bucket] for bucket in gpu.buckets(layout, 4)] == [["a"], ["b", "c"], ["d"]]
+
+
+def test_a_worker_that_refuses_ends_the_transfer_at_once(workers: Workers) -> None:
+    sender = Sender("", torch.device("cpu"))
+    source = {"way": "nccl", "path": sender.address, "mark": "m", "header": '{"__metadata__": {"mark": "other"}}'}
+
+    def load(announced: list[dict[str, str]]) -> list[Any]:
+        # the store of a trainer that has ended
+        return workers.call("posttrain_load", sources=[each | {"path": "127.0.0.1:1"} for each in announced])
+
+    found = sender.send(URL, [source], partial(workers.call, "posttrain_groups"), load)
+    assert "cannot reach the trainer at 127.0.0.1:1" in found[0]["error"]
+    assert not sender.groups
+    sender.close()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"), [([], r"ranks \[\]"), ([0, 0], r"ranks \[0, 0\], .*start one server for each data-parallel")]
+)
+def test_workers_that_are_no_group_are_refused(ranks: list[int], message: str) -> None:
+    sender = Sender("", torch.device("cpu"))
+    members = [{"rank": rank, "groups": []} for rank in ranks]
+    with pytest.raises(RolloutError, match=message):
+        sender.send(URL, [], lambda: members, lambda _: [])
+    sender.close()
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(RolloutError, match=r"cannot send weights from '192\.0\.2\.1:5'.*nccl:HOST:PORT"):
+        Sender("192.0.2.1:5", torch.device("cpu"))
+
+
+def test_the_arguments_of_cuda_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with torch.multiprocessing, which rebuilds what it has shared, on a storage that records the calls."""
+    values = (3, b"\x01H\xff\x00", 4096, 512, b"/torch_1", 7, b"\x00event\xfe", True)
+    shared: Any = type("Shared", (), {"device": torch.device("cuda:3"), "_share_cuda_": lambda self: values})()
+    handle = json.loads(json.dumps(gpu.exported(shared)))
+    calls: list[tuple[Any, ...]] = []
+
+    def record(*arguments: Any) -> torch.UntypedStorage:
+        calls.append(arguments)
+        return torch.UntypedStorage(8)
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared_cuda", record)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    gpu.mapped_storage(handle, torch.device("cuda:1"))
+    reductions.rebuild_cuda_tensor(
+        torch.Tensor, (2,), (1,), 0, torch.UntypedStorage, torch.float32, *values[:4], False, *values[4:]
+    )
+    own, theirs = calls
+    # the worker's index of the device; and no event, since the trainer has synchronised
+    assert own == (1, *theirs[1:-1], False)
+    assert theirs == values
+
+
+def test_memory_of_a_trainer_that_has_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = gpu.exported(torch.UntypedStorage(8))
+    with pytest.raises(OSError, match="cannot map the trainer's memory on cpu"):
+        gpu.mapped_storage([handle[0], b"/torch_gone".hex(), 8], torch.device("cpu"))
+
+
+def test_a_worker_that_hangs_is_noticed_and_may_come_back(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = Published(small.tied_llama(), torch.float32, "nccl")
+    published.take(0)
+    workers.take(published, 0)
+    hung = workers.call("pid")[1]
+    monkeypatch.setattr(gpu, "JOIN_SECONDS", 0.1)
+    monkeypatch.setattr(gpu, "PAUSE_SECONDS", 0.1)
+    sources, sender = published.sources(0), published.sender
+    assert sender is not None
+    groups = workers.call("posttrain_groups")
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        with pytest.raises(ServerError, match="does not take the weights that are sent by gloo: worker 1 has not come"):
+            sender.send(
+                URL, sources, lambda: groups, lambda announced: workers.call("posttrain_load", sources=announced)
+            )
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    monkeypatch.undo()
+    assert [found["bytes"] for found in workers.take(published, 0)] == [published.size(0)] * 2
+    published.close()
+
+
+def test_a_worker_that_dies_is_noticed(workers: Workers) -> None:
+    lm = small.tied_llama()
+    published = Published(lm, torch.float32, "nccl")
+    published.take(0)
+    workers.take(published, 0)
+    # the last test of these processes
+    os.kill(workers.call("pid")[1], signal.SIGKILL)
+    published.take(1)
+    sources, sender = published.sources(1), published.sender
+    assert sender is not None
+    groups = [{"rank": rank, "groups": [sender.groups[URL].about["group"]]} for rank in range(2)]
+    with pytest.raises(ServerError, match=r"a worker has ended|is lost"):
+        sender.send(URL, sources, lambda: groups, lambda announced: workers.call("posttrain_load", sources=announced))
+    assert not sender.groups
+    published.close()
