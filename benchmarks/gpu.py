@@ -1,4 +1,4 @@
-"""Measure a GPU: agreement with the CPU, throughput and memory of every kind of training, and deterministic mode.
+"""Measure a GPU: agreement with the CPU, throughput and memory of every kind of training, transfers of weights, and deterministic mode.
 
     python benchmarks/gpu.py                      # all cases at the shapes of Qwen3 0.6 B and 4 B, random weights
     python benchmarks/gpu.py --shapes 0.6B --cases sft-2k,dpo-2k
@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from benchmarks.gpu_cases import BUDGET, CASES, SHAPES, TINY, Case, Shape, groups_of, measured, tiny
 from benchmarks.gpu_curve import determinism
+from benchmarks.gpu_transfer import table, transfers
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.models.kernels import set_kernels
@@ -48,8 +49,9 @@ KEPT = Path(__file__).with_name("gpu")
 """Folder with the numbers of each GPU that was measured."""
 SLOWER, UNPLANNED = 0.05, 0.10
 """Shares by which a number may be worse than the kept one, and by which a peak may differ from the plan."""
-CURVES = "curves"
-"""Name that selects deterministic mode next to the cases."""
+CURVES, TRANSFERS = "curves", "transfers"
+"""Names that select deterministic mode, and weights' ways to a process that samples, next to the cases."""
+OTHERS = (CURVES, TRANSFERS)
 
 
 def main() -> int:
@@ -58,13 +60,15 @@ def main() -> int:
     set_kernels(deterministic=False)  # as in a stage
     if args.tiny:
         torch.set_num_threads(1)
-    names = args.cases.split(",") if args.cases else [*CASES, CURVES]
+    names = args.cases.split(",") if args.cases else [*CASES, *OTHERS]
     shapes = ["tiny"] if args.tiny else args.shapes.split(",")
-    if unknown := [name for name in names if name not in (*CASES, CURVES)] + [s for s in shapes if s not in SHAPES]:
-        sys.exit(f"error: no case or shape {unknown[0]!r}; there are: {', '.join([*CASES, CURVES, *SHAPES])}")
+    if unknown := [name for name in names if name not in (*CASES, *OTHERS)] + [s for s in shapes if s not in SHAPES]:
+        sys.exit(f"error: no case or shape {unknown[0]!r}; there are: {', '.join([*CASES, *OTHERS, *SHAPES])}")
     found: dict[str, Any] = {"device": describe(device), "torch": torch.__version__, "peak_tflops": known_peak(device)}
     found["agreement"] = agreement(device, SHAPES[shapes[0]], args.tiny)
     found["cases"] = dict(timings(device, names, shapes, args.tiny, args.repeats))
+    if TRANSFERS in names:
+        found["transfers"] = transfers(device, shapes[0], args.repeats)
     if CURVES in names:
         found["deterministic"] = determinism(args.tiny)
     print(tables(found))
@@ -84,7 +88,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a model and batches that a CPU computes in seconds")
     parser.add_argument("--shapes", default="0.6B,4B", help="separated by commas")
     parser.add_argument(
-        "--cases", default="", help=f"separated by commas, `{CURVES}` for deterministic mode; default: all"
+        "--cases",
+        default="",
+        help=f"separated by commas, `{CURVES}` for deterministic mode, `{TRANSFERS}` for weights; default: all",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of a case after the first")
     parser.add_argument("--out", type=Path, help="write the numbers to this file")
@@ -100,7 +106,7 @@ def timings(
     for shape in shapes:
         model = sizes(SHAPES[shape].config())
         for name in names:
-            if name == CURVES:
+            if name in OTHERS:
                 continue
             case = tiny(CASES[name]) if small else CASES[name]
             try:
@@ -198,6 +204,7 @@ def tables(found: Mapping[str, Any]) -> str:
             case["attention"],
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += table(found["transfers"]) if "transfers" in found else []
     for kind, curve in found.get("deterministic", {}).items():
         lines += [
             "",

@@ -1,11 +1,12 @@
 """Measure how long new weights take to reach a process that samples, its proof included, at the shapes of two models on a CPU.
 
-    python benchmarks/transfer.py                       # SmolLM2-135M and Qwen3-0.6B, bfloat16, memory and HTTP
+    python benchmarks/transfer.py                       # SmolLM2-135M and Qwen3-0.6B, bfloat16, every way
 
 A trainer publishes its weights as for a vLLM server that it starts (posttrain/rollouts/vllm/published.py). The receiving process loads them
 by vLLM's worker extension into a transformers model, and both compute the log-probabilities of a probe. Weights are random. Printed are the
 fastest of some repeats in seconds of processor time on one thread, which a busy machine does not change: publish (copy to memory), load
-(send, read and copy), probe (in both processes, one after the other). The sum is the wall time of an idle machine.
+(send, read and copy), probe (in both processes, one after the other). The sum is the wall time of an idle machine. `nccl` is Gloo here, and
+`ipc` maps a CPU's storage; benchmarks/gpu.py times both on GPUs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +36,7 @@ from posttrain.rollouts.vllm.worker.posttrain_receiver import Receiver
 from posttrain.settings import LoraSettings
 
 PROBE_TOKENS = 32
+WAYS = {"memory": "memory", "HTTP": "stream:127.0.0.1:0", "nccl (Gloo)": "nccl", "ipc (mapped)": "ipc"}
 
 
 def model(name: str) -> PreTrainedModel:
@@ -55,6 +59,7 @@ class Worker(Receiver):
     """Takes weights as vLLM's worker does."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
+        self.lm, self.device = lm, lm.device
         self.held = dict(lm.named_parameters(remove_duplicate=False))
 
     @torch.no_grad()
@@ -63,69 +68,106 @@ class Worker(Receiver):
         for name, tensor in weights_iterator:
             self.held[name].copy_(tensor)
 
+    def probe(self) -> list[float]:
+        """Return the log-probabilities of the probe."""
+        return probe_logprobs(self.lm, probe_ids(PROBE_TOKENS, self.lm.config.vocab_size), bf16=False)
 
-def receive(name: str) -> None:
-    """Load what each line of standard input names, and print the seconds and the probe."""
-    lm = model(name)
+
+def serve(lm: PreTrainedModel) -> None:
+    """Call the method that each line of standard input names; print its result and the seconds of processor time."""
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.zero_()
     worker = Worker(lm)
     print("ready", flush=True)
     for line in sys.stdin:
-        began = time.process_time()
-        found = worker.posttrain_load(json.loads(line))
-        loaded = time.process_time()
-        found["probe"] = probe_logprobs(lm, probe_ids(PROBE_TOKENS, lm.config.vocab_size), bf16=False)
-        seconds = {"seconds": loaded - began, "probe_seconds": time.process_time() - loaded}
-        print(json.dumps(found | seconds), flush=True)
+        call, began = json.loads(line), time.process_time()
+        found = getattr(worker, call["method"])(**call["kwargs"])
+        print(json.dumps([found, time.process_time() - began]), flush=True)
+
+
+class Process:
+    """A process that receives weights.
+
+    Attributes:
+        spent: its seconds of processor time.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.running: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.running.stdout.readline()
+        self.spent = 0.0
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Return the result of a method of Worker."""
+        print(json.dumps({"method": method, "kwargs": arguments}), file=self.running.stdin, flush=True)
+        found, seconds = json.loads(self.running.stdout.readline())
+        self.spent += seconds
+        return found
+
+    def take(self, published: Published, version: int) -> dict[str, Any]:
+        """Bring a version to the process."""
+        sources = published.sources(version)
+        if published.sender is None:
+            return self.call("posttrain_load", sources=sources)
+        results = published.sender.send(
+            "process",
+            sources,
+            lambda: [self.call("posttrain_groups")],
+            lambda announced: [self.call("posttrain_load", sources=announced)],
+        )
+        return results[0]
+
+    def close(self) -> None:
+        """End the process."""
+        self.running.stdin.close()
+        self.running.wait()
 
 
 def measure(name: str, repeats: int) -> Iterator[tuple[str, str, dict[str, float]]]:
     """Yield the way, the trained weights, and the seconds of each part."""
     lm = model(name)
-    command = [sys.executable, __file__, "--receive", name]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        process.stdout.readline()
-        for trained in ("all weights", "adapter of rank 16"):
-            if trained != "all weights":
-                Adapter(lm, LoraSettings(16, 32.0))
-            for way, address in (("memory", ""), ("HTTP", "127.0.0.1:0")):
-                published = Published(lm, torch.bfloat16, address)
-                parts = [transfer(lm, published, process, version) for version in range(repeats)]
-                published.close()
-                yield way, trained, {part: min(each[part] for each in parts) for part in parts[0]}
-        process.terminate()
+    process = Process([sys.executable, __file__, "--receive", name])
+    for trained in ("all weights", "adapter of rank 16"):
+        if trained != "all weights":
+            Adapter(lm, LoraSettings(16, 32.0))
+        for way, transfer in WAYS.items():
+            published = Published(lm, torch.bfloat16, transfer)
+            parts = [transferred(lm, published, process, version) for version in range(repeats)]
+            published.close()
+            yield way, trained, {part: min(each[part] for each in parts) for part in parts[0]}
+    process.close()
 
 
-def transfer(
-    lm: PreTrainedModel, published: Published, process: subprocess.Popen[str], version: int
+def transferred(
+    lm: PreTrainedModel, published: Published, process: Process, version: int, wall: bool = False
 ) -> dict[str, float]:
-    """Change the trained weights, bring them to the other process and prove them."""
-    assert process.stdin
-    assert process.stdout
+    """Change the trained weights, bring them to the other process and prove them.
+
+    Args:
+        wall: wall time, in place of the sum of both processes' processor time.
+    """
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.mul_(1.01)
-    began = time.process_time()
+    clock = time.perf_counter if wall else lambda: time.process_time() + process.spent
+    times = [clock()]
     published.remove(version)
     published.take(version)
-    taken = time.process_time()
-    process.stdin.write(json.dumps(published.sources(version)) + "\n")
-    process.stdin.flush()
-    reply = json.loads(process.stdout.readline())
-    asked = time.process_time()
+    times.append(clock())
+    found = process.take(published, version)
+    if "error" in found:
+        sys.exit(f"error: {found['error']}")
+    times.append(clock())
     own = probe_logprobs(lm, probe_ids(PROBE_TOKENS, lm.config.vocab_size), bf16=False)
-    seconds = {
-        "publish": taken - began,
-        "load": asked - taken + reply["seconds"],
-        "probe": time.process_time() - asked + reply["probe_seconds"],
-    }
-    gap = (torch.tensor(own) - torch.tensor(reply["probe"])).abs()
+    served = process.call("probe")
+    times.append(clock())
+    publish, load, probe = (after - before for before, after in pairwise(times))
+    gap = (torch.tensor(own) - torch.tensor(served)).abs()
     assert gap.mean() < BFLOAT16.mean, gap
-    return seconds | {"total": sum(seconds.values()), "MiB": reply["bytes"] / 2**20}
+    seconds = {"publish": publish, "load": load, "probe": probe, "total": times[-1] - times[0]}
+    return seconds | {"MiB": found["bytes"] / 2**20, "gap": float(gap.max())}
 
 
 def main() -> int:
@@ -136,7 +178,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.receive:
-        receive(args.receive)
+        serve(model(args.receive))
         return 0
     print("| model | way | trained | MiB | publish | load | probe | total |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -39,8 +39,11 @@ def test_the_tiny_run_measures_everything_and_agrees(root: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_deterministic_runs_repeat_and_survive_a_kill(root: Path, tmp_path: Path) -> None:
-    found = measured(root, tmp_path, "--cases", "curves")
+def test_deterministic_runs_repeat_and_survive_a_kill_and_weights_arrive(root: Path, tmp_path: Path) -> None:
+    found = measured(root, tmp_path, "--cases", "curves,transfers")
+    for way in ("ipc", "nccl"):
+        assert found["transfers"][way]["MiB"] > 0.1
+        assert found["transfers"][way]["gap"] < 0.05
     for curve in found["deterministic"].values():
         # a checkpoint after every second step, and a kill after the fourth was recorded and before its checkpoint
         expected = {"steps": 6, "same_again": True, "resumed_at": 3, "same_after_kill": True}
