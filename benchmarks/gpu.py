@@ -7,8 +7,8 @@
 
 Needs only torch, transformers, accelerate and safetensors. Prints tables; --out writes JSON. If numbers of this GPU are kept, each case is
 compared with them, and more than 5 % fewer tokens a second or more memory is an alarm; so is a peak that `posttrain plan` misses by more
-than 10 %, and a deterministic run that differs. With alarms the exit status is 1. On a CPU the "device" is the CPU itself: bfloat16
-autocast is compared with float32, and no memory is measured.
+than 10 %, an attention kernel that the GPU refuses, and a deterministic run that differs. With alarms the exit status is 1. On a CPU the
+"device" is the CPU itself: bfloat16 autocast is compared with float32, and no memory is measured.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from benchmarks.gpu_transfer import table, transfers
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.models.kernels import set_kernels
+from posttrain.models.packed import REFUSED
 from posttrain.models.policy import Policy
 from posttrain.planning import sizes
 from posttrain.settings import OptimizerSettings
@@ -154,7 +155,7 @@ def one_step(
 
 
 def alarms(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
-    """Return the numbers that are worse than the kept ones or the plan, and deterministic runs that differ."""
+    """Return the numbers that are worse than the kept ones or the plan, kernels that are not used, and deterministic runs that differ."""
     raised = []
     for name, case in found["cases"].items():
         before = kept.get("cases", {}).get(name, {})
@@ -162,6 +163,8 @@ def alarms(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
             if "error" not in before:
                 raised.append(f"{name}: {case['error']}")
             continue
+        if REFUSED in case.get("attention", ""):
+            raised.append(f"{name}: {case['attention']}")
         if (speed := before.get("tokens_per_second")) and case["tokens_per_second"] < (1 - SLOWER) * speed:
             raised.append(f"{name}: {case['tokens_per_second']:,.0f} tokens/s, and {speed:,.0f} are kept")
         peak, planned = case["peak_gib"], case["predicted_gib"]

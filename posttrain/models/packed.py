@@ -58,6 +58,8 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "
 """Arguments of attention functions that do not change causal attention."""
 REACH = "_posttrain_reach"
 """Attribute of a prepared model: tokens of the longest row that packed attention computes as the model does, None without a limit."""
+REFUSED = "cannot be used here"
+"""Words in the name of the attention if the kernel of the device failed its trial."""
 OTHER_MIXERS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 """Errors of a trial: attention that is not plain raises TypeError, layers that mix tokens in other ways one of the rest."""
 PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
@@ -324,7 +326,7 @@ def attention_name(module: nn.Module, device: torch.device) -> str:
         )
         reason = refusal_of(device, torch.get_autocast_dtype(device.type), heads)
         flash = f"FlashAttention{version()} by offsets"
-        name = f"{name}, because {flash} cannot be used here ({reason})" if reason else flash
+        name = f"{name}, because {flash} {REFUSED} ({reason})" if reason else flash
     return name if reach is None else f"{name}; over padded rows beyond {reach} tokens"
 
 

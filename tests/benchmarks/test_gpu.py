@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.gpu import alarms
 from benchmarks.gpu_cases import CASES, Case, flop, groups_of, laid_out
+from posttrain.models.packed import REFUSED
 from posttrain.planning import Sizes
 
 pytestmark = pytest.mark.timeout(300)
@@ -77,8 +78,10 @@ def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_th
         "full": {"error": "…"},
     }
     assert alarms({"cases": fine, "deterministic": {"sft": curve}}, kept) == []
-    worse = {"a": case(94.9, 10.6), "b": case(100, 8.9), "new": {"error": "out of memory"}}
+    refused = f"masks, because FlashAttention {REFUSED} (an old GPU)"
+    worse = {"a": case(94.9, 10.6) | {"attention": refused}, "b": case(100, 8.9), "new": {"error": "out of memory"}}
     assert alarms({"cases": worse, "deterministic": {"grpo": curve | {"same_after_kill": False}}}, kept) == [
+        f"a: {refused}",
         "a: 95 tokens/s, and 100 are kept",
         "a: a peak of 10.60 GiB, and 10.00 are kept",
         "b: a peak of 8.90 GiB, and the plan is 10.00",
