@@ -24,7 +24,7 @@ from posttrain.errors import ConfigError, ModelError
 FLOAT32_BYTES = 4
 UNCOMPILED_STEP, UNCOMPILED_WIDE_STEP = 13.25, 6
 """Float32 copies of a weight that one step of torchao's AdamW holds on a CPU, uncompiled (measured): with moments in 8 bits,
-and for embeddings, whose moments stay in 32 bits."""
+and for embeddings and heads, whose moments stay in 32 bits."""
 MOMENT_BYTES = {32: 4, 8: 1 + 4 / 256}
 """Bytes of a number of a moment by its bits; in 8 bits, each block of 256 numbers has a float32 scale."""
 AUTOCAST_SHARE = 0.75
@@ -249,7 +249,7 @@ def _temporary(model: Sizes, activations: int, logits: int, device: str, moment_
     if device == "cpu":
         if moment_bits == 32:
             return at_end
-        largest = FLOAT32_BYTES * model.hidden * model.intermediate if model.tied else matrix
+        largest = FLOAT32_BYTES * model.hidden * model.intermediate
         return max(at_end, math.ceil(UNCOMPILED_STEP * largest), UNCOMPILED_WIDE_STEP * matrix)
     return max(matrix, at_end + activations // model.layers - activations - logits)
 
@@ -316,12 +316,12 @@ def sampling(
 
 
 def _moments(model: Sizes, adapter: int | None, bits: int, offloaded: bool, device: str) -> float:
-    """Return the bytes of two moments of each trained weight; a CPU's memory is main memory, and embeddings keep float32 moments."""
+    """Return the bytes of two moments of each trained weight; a CPU's memory is main memory; embeddings and head keep float32 ones."""
     if offloaded and device != "cpu":
         return 0
     if adapter is not None:
         return 2 * MOMENT_BYTES[bits] * adapter
-    wide = model.vocabulary * model.hidden
+    wide = (2 - model.tied) * model.vocabulary * model.hidden
     return 2 * (MOMENT_BYTES[bits] * (model.parameters - wide) + FLOAT32_BYTES * wide)
 
 

@@ -89,15 +89,16 @@ def test_processes_that_share_rows_divide_activations_and_logits() -> None:
 
 
 def test_moments_in_8_bits_have_a_scale_for_each_block_of_256() -> None:
-    # gradients of 4 bytes, two moments of 1 + 4/256, and of 4 bytes for 50 x 8 embeddings
+    # gradients of 4 bytes, two moments of 1 + 4/256, and of 4 bytes for 50 x 8 embeddings and as many weights of the head
     held = training(SIZES, 100, trained=2, moment_bits=8)
-    moments = 2 * ((1 + 4 / 256) * 600 + 4 * 400)
-    assert held.optimiser == math.ceil(2 * (4000 + moments)) == 16838
+    moments = 2 * ((1 + 4 / 256) * 200 + 4 * 800)
+    assert held.optimiser == math.ceil(2 * (4000 + moments)) == 21613
     assert sampling(SIZES, 10, 20, 10, trained=1, moment_bits=8).optimiser == math.ceil(moments)
     assert training(SIZES, 100, adapter=256, moment_bits=8).optimiser == 256 * 4 + 2 * (256 + 4)
-    # on a CPU the step of the head, 50 x 8 numbers, holds 13.25 copies of it, and that of embeddings 6
-    assert held.temporary == 13.25 * 4 * 50 * 8 > training(SIZES, 100, trained=2).temporary
-    assert training(replace(SIZES, tied=True), 100, moment_bits=8).temporary == 6 * 4 * 50 * 8
+    # on a CPU the step of embeddings or head, 50 x 8 numbers, holds 6 copies of it, and that of other weights 13.25
+    assert held.temporary == 6 * 4 * 50 * 8 > training(SIZES, 100, trained=2).temporary
+    assert training(replace(SIZES, intermediate=50), 100, moment_bits=8).temporary == 13.25 * 4 * 50 * 8
+    assert training(replace(SIZES, tied=True), 100, moment_bits=8).temporary == held.temporary
     assert training(SIZES, 100, moment_bits=8, device="cuda").temporary == training(SIZES, 100, device="cuda").temporary
 
 

@@ -1,8 +1,8 @@
 """AdamW with moments in float32, or in 8 bits by torchao (block-wise quantisation, arXiv 2110.02861).
 
 Each block of 256 numbers has a float32 scale, so two moments take 2 x (1 + 4/256) bytes a weight instead of 8. Parameters of fewer than
-4,096 numbers, or whose number is no multiple of 256, and embeddings keep float32 moments, as in the paper. A checkpoint holds codes and
-scales as plain tensors.
+4,096 numbers, or whose number is no multiple of 256, embeddings and heads keep float32 moments. A checkpoint holds codes and scales as
+plain tensors.
 
 Example:
     >>> from torch import nn

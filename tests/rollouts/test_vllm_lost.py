@@ -13,6 +13,7 @@ import pytest
 
 from posttrain.errors import RolloutError, ServerError
 from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.vllm import fleet
 from tests.models import small
 from tests.rollouts.peer import Peer
 from tests.rollouts.served import PROMPTS, SETTINGS, Setup
@@ -50,7 +51,9 @@ def test_where_one_dies_the_others_take_over(start: Callable[..., Setup], capsys
     assert setup.engine.fleet.lost == {}
 
 
-def test_when_none_is_left_the_run_stops_and_names_each(start: Callable[..., Setup]) -> None:
+def test_when_none_is_left_the_run_stops_and_names_each(
+    start: Callable[..., Setup], capsys: pytest.CaptureFixture[str]
+) -> None:
     setup = start(servers=2)
     setup.sample()
     for peer in setup.peers:
@@ -60,6 +63,21 @@ def test_when_none_is_left_the_run_stops_and_names_each(start: Callable[..., Set
         setup.sample()
     assert all(f"{peer.url} does not answer /health" in str(caught.value) for peer in setup.peers)
     assert "run the same command" in str(caught.value)
+    # reported when it happens, and not after the wait
+    assert "Connection refused); waiting up to 2 s for one" in capsys.readouterr().err
+
+
+def test_servers_that_never_answered_are_not_waited_for(
+    start: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fleet, "FIRST_PATIENCE_SECONDS", 0.01)
+    setup = start()
+    setup.peers[0].stop()
+    # waited for like a server that may come back, it would take longer than the test may
+    setup.engine = setup.new_engine(patience_seconds=3600)
+    with pytest.raises(ServerError, match=r"no vLLM server is left .*Connection refused.*Start them again"):
+        setup.sample()
+    assert "waiting up to 0.01 s for one" in capsys.readouterr().err
 
 
 def sent(field: str, values: Any) -> Callable[[dict[str, Any]], None]:

@@ -24,9 +24,9 @@ SETTINGS = OptimizerSettings(1e-2, weight_decay=0.1, moment_bits=8)
 ROWS = [Example(tokens) for tokens in small.rows(6)]
 
 
-def trainer_of(accelerator: Accelerator) -> Trainer[Any]:
+def trainer_of(accelerator: Accelerator, settings: OptimizerSettings = SETTINGS) -> Trainer[Any]:
     policy = Policy(small.language_model(shape=SHAPE))
-    return Trainer(policy, SETTINGS, total_steps=3, micro_batch_tokens=40, accelerator=accelerator)
+    return Trainer(policy, settings, total_steps=3, micro_batch_tokens=40, accelerator=accelerator)
 
 
 def trained(trainer: Trainer[Any], updates: int) -> dict[str, torch.Tensor]:

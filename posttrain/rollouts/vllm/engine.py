@@ -253,6 +253,7 @@ class VllmEngine:
 
     def _follow(self, urls: Sequence[str]) -> None:
         self.fleet = Fleet([VllmServer(url) for url in urls], self._ready, self.fleet.patience_seconds)
+        self.fleet.met = True  # by the main process
         for server in self.fleet.servers:
             try:
                 server.connect()

@@ -25,6 +25,8 @@ from posttrain.rollouts.vllm.server import VllmServer
 T = TypeVar("T")
 IN_FLIGHT = 64
 """Most open requests per server."""
+FIRST_PATIENCE_SECONDS = 5.0
+"""How long to wait if no server has answered in this run yet: their addresses may be wrong, or they were not started."""
 REVIVALS = 3
 """How often a round of requests continues after all servers were lost."""
 
@@ -41,6 +43,8 @@ class Fleet:
     ) -> None:
         self.servers, self.ready, self.patience_seconds = list(servers), ready, patience_seconds
         self.lost: dict[VllmServer, ServerError] = {}
+        self.met = False
+        """Whether a server has been ready before, and so may come back."""
         self._readied: Counter[VllmServer] = Counter()
         self._lock = Lock()
         self._stop = Event()
@@ -107,8 +111,16 @@ class Fleet:
                 tqdm.write(f"{error}; {len(self.living)} of {len(self.servers)} vLLM servers continue", file=sys.stderr)
 
     def _revive(self) -> None:
-        """Try all servers in turn, one second apart, until one is ready."""
-        deadline = time.monotonic() + self.patience_seconds
+        """Try all servers in turn, one second apart, until one is ready. Report at once that none is.
+
+        Raises:
+            ServerError: none is ready in time. A server that was ready before may take `patience_seconds` to come back.
+        """
+        seconds = self.patience_seconds if self.met else min(self.patience_seconds, FIRST_PATIENCE_SECONDS)
+        deadline = time.monotonic() + seconds
+        if seconds:
+            reasons = "; ".join(str(error) for error in self.lost.values())
+            tqdm.write(f"no vLLM server is left ({reasons}); waiting up to {seconds:g} s for one", file=sys.stderr)
         while True:
             for server in self.servers:
                 if self._try(server):
@@ -124,6 +136,7 @@ class Fleet:
             return False
         self.lost.pop(server, None)
         self._readied[server] += 1
+        self.met = True
         return True
 
     def _none_left(self) -> ServerError:
