@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,9 +154,23 @@ def test_workers_that_are_no_group_are_refused(ranks: list[int], message: str) -
     sender.close()
 
 
-def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(RolloutError, match=r"cannot send weights from '192\.0\.2\.1:5'.*nccl:HOST:PORT"):
-        Sender("192.0.2.1:5", torch.device("cpu"))
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all addresses of 127.0.0.0/8")
+def test_the_trainer_listens_on_the_given_address_only_and_not_after_its_end() -> None:
+    sender = Sender("127.0.0.2:0", torch.device("cpu"))
+    port = int(sender.address.removeprefix("127.0.0.2:"))
+    socket.create_connection(("127.0.0.2", port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    sender.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port))
+
+
+@pytest.mark.parametrize("way", ["nccl", "stream"])
+@pytest.mark.parametrize("address", ["192.0.2.1:5", "127.0.0.1:99999"])
+def test_an_address_that_is_none_of_this_machine_is_refused(way: str, address: str) -> None:
+    with pytest.raises(RolloutError, match=f"cannot send weights from '{address}'.*{way}:HOST:PORT"):
+        Published(small.tied_llama(), torch.float32, f"{way}:{address}")
 
 
 def test_the_arguments_of_cuda_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,30 @@ def test_weights_travel_through_memory_and_over_http_and_a_cpu_does_not_sleep(
         asleep.sample(requests(), settings)
 
 
+def test_each_worker_of_a_tensor_parallel_server_receives_whole_tensors_and_keeps_its_part(
+    server: LocalServer, tmp_path: Path
+) -> None:
+    server.launch = replace(server.launch, arguments=(*QUICK, "--tensor-parallel-size", "2"))
+    policy, version = qwen(tied=True), [0]
+    probes = sequences(PROMPTS, policy.config.vocab_size, 64)
+    ours = VllmEngine(
+        policy,
+        small.EOS,
+        [server],
+        version=lambda: version[0],
+        folder=tmp_path / "served",
+        probes=probes,
+        transfer="nccl",
+    )
+    for _ in range(2):
+        assert gap(policy, ours.sample(requests(), SamplingSettings(20, 1.0)), 1.0) < 1e-4
+        scaled(policy, 1.05)
+        version[0] += 1
+    assert ours.published is not None
+    assert ours.published.sender is not None
+    assert [group.size for group in ours.published.sender.groups.values()] == [3]
+
+
 def test_grpo_goes_on_through_the_death_of_its_server(server: LocalServer, tmp_path: Path) -> None:
     policy, reference = Policy(qwen(tied=False)), Policy(qwen(tied=False))
     spec = replace(GRPO, minibatches=1)

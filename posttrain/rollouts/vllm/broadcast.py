@@ -59,15 +59,17 @@ class Sender:
         self.host, _, port = (address or LOOPBACK).rpartition(":")
         try:
             # a store that opens its port by itself would listen on all addresses
-            listener = socket.create_server((self.host.strip("[]"), int(port)))
-        except (OSError, ValueError) as error:
+            host = self.host.strip("[]")
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, int(port)), family=family)
+        except (OSError, ValueError, OverflowError) as error:
             raise RolloutError(
                 f"cannot send weights from {address!r} ({error}): set POSTTRAIN_VLLM_TRANSFER to nccl:HOST:PORT, an address of this"
                 " machine that the servers reach, or to nccl if they are on this machine"
             ) from error
         port = str(listener.getsockname()[1])
         limit = timedelta(seconds=gpu.JOIN_SECONDS)
-        self.store = distributed.TCPStore(
+        self.store: distributed.Store | None = distributed.TCPStore(
             self.host.strip("[]"),
             int(port),
             None,
@@ -114,8 +116,9 @@ class Sender:
                 ) from error
 
     def close(self) -> None:
-        """Leave all groups."""
+        """Leave all groups and stop listening."""
         gpu.leave(self.groups)
+        self.store = None
 
     def _broadcast(self, group: gpu.Group, sources: Sequence[Mapping[str, str]], call: Call) -> None:
         load, check = sources[0]["load"], call.check
@@ -156,6 +159,7 @@ class Sender:
             "backend": self.backend,
             "device": gpu.device_name(self.device),
         }
+        assert self.store is not None, "the sender is closed"
         self.groups[url] = gpu.Group(self.store, about, 0, self.device)
         return self.groups[url]
 

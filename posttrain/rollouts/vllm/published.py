@@ -184,7 +184,7 @@ class Stream:
         try:
             self.host = host
             self.server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise RolloutError(
                 f"cannot send weights from {address!r} ({error}): set POSTTRAIN_VLLM_TRANSFER to stream:HOST:PORT, an address of this"
                 " machine that the servers reach"
