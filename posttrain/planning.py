@@ -53,6 +53,7 @@ class Sizes:
         outside: parameters outside the layers: embeddings and head.
         tied: the head's matrix is that of the embeddings.
         fused: norms and rotations store less on a CPU in float32 (posttrain/models/fused.py).
+        scores: the head is a single row, as of a reward model, so there are no logits.
     """
 
     parameters: int
@@ -65,6 +66,14 @@ class Sizes:
     outside: int = 0
     tied: bool = False
     fused: bool = False
+    scores: bool = False
+
+    def with_scalar_head(self) -> Sizes:
+        """Return the sizes of a reward model with the same layers."""
+        embeddings = self.vocabulary * self.hidden
+        parameters = self.parameters - (0 if self.tied else embeddings) + self.hidden
+        outside = min(self.outside, embeddings + self.hidden)
+        return replace(self, parameters=parameters, outside=outside, tied=False, scores=True)
 
     def gathered(self, processes: int, bf16: bool = False) -> int:
         """Return the bytes that a process of several holds for the others' parts: embeddings, head, and two layers of one model."""
@@ -92,8 +101,13 @@ class Sizes:
         return layers + (self.activations_per_token - FLOAT32_BYTES * 4 * self.hidden) // self.layers
 
     def prefill_per_token(self, bf16: bool = False) -> int:
-        """Return the bytes per token of one layer's pass without gradient: three tensors of the MLP, and residual, norm and output."""
-        return 3 * (FLOAT32_BYTES // (2 if bf16 else 1) * self.intermediate + FLOAT32_BYTES * self.hidden)
+        """Return the bytes per token of one layer's pass without gradient.
+
+        The embeddings, the layer's input and the sum of input and attention are float32. Next to them are either three tensors of the
+        MLP and its input, or the input of attention, queries before and after rotation, two forms of its output, keys and values.
+        """
+        products = max(3 * self.intermediate + self.hidden, self.hidden + 4 * self.query_width + 3 * self.key_width)
+        return FLOAT32_BYTES * 3 * self.hidden + FLOAT32_BYTES // (2 if bf16 else 1) * products
 
     @property
     def cache_per_token(self) -> int:
@@ -223,7 +237,7 @@ def training(
     # all tokens' last hidden states and their gradient are gathered by each process
     gathered = 2 * FLOAT32_BYTES * micro_batch_tokens * model.hidden * trained if context > 1 else 0
     own_tokens = math.ceil(micro_batch_tokens / context)
-    tile = min(tile_limits(device)[0], own_tokens * model.vocabulary)
+    tile = 0 if model.scores else min(tile_limits(device)[0], own_tokens * model.vocabulary)
     whole = model.fused_per_token if model.fused and device == "cpu" and not bf16 else model.activations_per_token
     per_token = model.recomputed_per_token if recomputes else whole
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile
@@ -274,7 +288,7 @@ def sampling(
 ) -> Memory:
     """Return the memory of sampling `answers`, `samples` per prompt of `prompt` tokens, next to `trained` models with their moments.
 
-    It is the larger of two: that of computing prompts (activations, and their keys and values in float32), and that of drawing tokens.
+    Room for all keys and values is made first. Next to it are the activations of prompts or the logits of new tokens, whichever are larger.
 
     Args:
         offloaded: the moments are in main memory.
@@ -282,8 +296,7 @@ def sampling(
         processes: number of processes that share weights and moments (FSDP2), and the answers.
         device_bytes: memory of a GPU, whose free part limits the stored tokens as it limits the sampler.
     """
-    from posttrain.rollouts.budget import tokens_in
-    from posttrain.rollouts.decoder import PREFILL_TOKENS
+    from posttrain.rollouts.budget import prefill_tokens, tokens_in
     from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS
 
     # the matrix of embeddings is looked up, not multiplied, unless it is the head's, too
@@ -301,18 +314,17 @@ def sampling(
     rows = min(own, MAX_ROWS)
     prompts, stored = math.ceil(rows / samples) * prompt, math.ceil(rows / samples) * prompt + rows * new_tokens
     tokens = min(stored, limit)
-    # later prompts enter next to the answers that are under way
-    before = tokens - min(prompts, tokens) if own > rows or stored > limit else 0
-    computed = min(prompts, max(prompt, PREFILL_TOKENS // max(1, prompt) * prompt), limit)
-    prefill = replace(
-        held,
-        cache=before * token_bytes + min(prompts, tokens) * model.cache_per_token,
-        activations=computed * model.prefill_per_token(bf16),
+    cache = tokens * token_bytes
+    # later prompts enter next to the answers that are under way, whose states move to larger tensors layer by layer
+    if own > rows or stored > limit:
+        cache += cache // model.layers
+    computed = min(prompts, max(prompt, prefill_tokens(device) // max(1, prompt) * prompt), limit)
+    # logits, probabilities, and cumulative probabilities in float64; logits in bfloat16 have a float32 copy
+    drawn = min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8 + 2 * bf16)
+    prefill = computed * model.prefill_per_token(bf16)
+    return (
+        replace(held, cache=cache, activations=prefill) if prefill > drawn else replace(held, cache=cache, logits=drawn)
     )
-    # logits, probabilities, and cumulative probabilities in float64
-    drawn = min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8)
-    drawing = replace(held, cache=tokens * token_bytes, logits=drawn)
-    return max(drawing, prefill, key=lambda memory: memory.total)
 
 
 def _moments(model: Sizes, adapter: int | None, bits: int, offloaded: bool, device: str) -> float:

@@ -48,19 +48,25 @@ def test_bytes_by_hand() -> None:
     assert (asked.weights, asked.optimiser) == (4 * 1000 * 2, 2 * 4 * 1000)
     assert (asked.cache, asked.logits) == (10 * 32 * 64, 10 * 50 * 16)
     assert asked.total == 8000 + 8000 + 20480 + 8000
-    # computing longer prompts needs more: three tensors of the MLP, and residual, norm and output for each token
+    # computing longer prompts needs more than logits: embeddings, the layer's input and the sum with attention, the input of the MLP,
+    # and three tensors in it, for each token
     asked = sampling(SIZES, 10, 20, 10, trained=1)
-    assert (asked.cache, asked.activations, asked.logits) == (200 * 64, 200 * 3 * 4 * (16 + 8), 0)
+    assert (asked.cache, asked.activations, asked.logits) == (10 * 30 * 64, 200 * 4 * (3 * 8 + 8 + 3 * 16), 0)
     narrow = sampling(SIZES, 10, 20, 10, bf16=True)
-    assert (narrow.cache, narrow.activations) == (200 * 64, 200 * 3 * (2 * 16 + 4 * 8))
-    # at most 16,384 tokens at once; answers that do not fit enter later, next to 512 others
-    assert sampling(SIZES, 500, 100, 1).activations == 163 * 100 * 288
-    assert sampling(SIZES, 500, 100, 1).cache == 500 * 100 * 64
-    assert sampling(SIZES, 513, 100, 1).cache == 512 * 101 * 64
+    assert (narrow.cache, narrow.activations) == (10 * 30 * 32, 200 * (4 * 3 * 8 + 2 * (8 + 3 * 16)))
+    # or, if the MLP is narrow, four tensors as wide as queries, keys before and after rotation, and values
+    assert sampling(replace(SIZES, intermediate=4), 10, 20, 10).activations == 200 * 4 * (3 * 8 + 8 + 4 * 8 + 3 * 4)
+    # a CPU computes at most 2,048 tokens of prompts at once, a GPU 16,384
+    assert sampling(SIZES, 500, 100, 1).activations == 20 * 100 * 320
+    assert sampling(SIZES, 500, 100, 1, device="cuda").activations == 163 * 100 * 320
+    assert sampling(SIZES, 2, 5000, 1).activations == 5000 * 320
+    assert sampling(SIZES, 500, 100, 1).cache == 500 * 101 * 64
+    # answers that do not fit enter later: then one of the two layers is held twice
+    assert sampling(SIZES, 513, 100, 1).cache == 512 * 101 * 64 * 3 // 2
     # five answers share a prompt; at most 512 answers and 131,072 tokens are under way, and 16,777,216 logits
     assert sampling(SIZES, 10, 20, 10, samples=5).cache == (2 * 20 + 10 * 10) * 64
-    assert sampling(SIZES, 9999, 20, 10, samples=4).cache == (128 * 20 + 512 * 10) * 64
-    assert sampling(SIZES, 9999, 1000, 1000).cache == 131_072 * 64
+    assert sampling(SIZES, 9999, 20, 10, samples=4).cache == (128 * 20 + 512 * 10) * 64 * 3 // 2
+    assert sampling(SIZES, 9999, 1000, 1000).cache == 131_072 * 64 * 3 // 2
     assert sampling(replace(SIZES, vocabulary=151_936), 9999, 20, 10).logits == 16_777_216 * 16
 
 
@@ -68,9 +74,19 @@ def test_a_gpu_stores_as_many_tokens_as_its_free_memory_holds() -> None:
     def cached(device_bytes: int) -> int:
         return sampling(SIZES, 9999, 1000, 1000, device="cuda", device_bytes=device_bytes).cache
 
-    assert cached(2**30) == 512 * 2000 * 64
+    # and one of two layers twice while later prompts enter
+    assert cached(2**30) == 512 * 2000 * 64 * 3 // 2
     # 70 % of 10 MB next to the weights hold 109,375 tokens; three leading bits of that are 6 x 2^14
-    assert cached(10**7 + 4000) == 6 * 2**14 * 64
+    assert cached(10**7 + 4000) == 6 * 2**14 * 64 * 3 // 2
+
+
+def test_a_reward_model_has_no_logits_and_no_head_that_repeats_its_embeddings() -> None:
+    tied = replace(SIZES, tied=True)
+    # 50 x 8 numbers of an untied head are absent, and the new head has 8
+    assert training(SIZES.with_scalar_head(), 100).weights == 4 * (1000 - 400 + 8)
+    scores = training(tied.with_scalar_head(), 100)
+    assert (scores.weights, scores.logits, scores.temporary) == (4 * 1008, 0, 4 * 400)
+    assert scores.activations == training(tied, 100).activations
 
 
 def test_an_adapter_has_gradients_and_moments_and_its_base_has_none() -> None:

@@ -187,7 +187,7 @@ def phases(params: Params, model: Sizes, limit: int | None = None) -> Iterator[P
     pairs = counted["preferences"]
     if reward.enabled and reward.source is None:
         options = _options(params, reward.compute, reward.lora, reward.optimizer)
-        memory = training(model, reward.compute.micro_batch_tokens, **options)
+        memory = training(model.with_scalar_head(), reward.compute.micro_batch_tokens, **options)
         yield Phase("reward", "train", steps["reward"], _times(pairs, 2 * reward.epochs * longest), memory)
     for name in params.project.algorithms:
         yield from _alignment(params, name, model, steps[f"align@{name}"], pairs, longest, limit)

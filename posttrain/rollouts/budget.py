@@ -1,5 +1,7 @@
 """How many tokens' keys and values an in-process engine may store: a constant on a CPU, a share of the free memory on a GPU.
 
+Also how many tokens of prompts it computes at once.
+
 Example:
     Ten GiB free at 112 KiB a token, of which 70 % are used:
 
@@ -17,6 +19,13 @@ from posttrain.rollouts.engine import MAX_TOKENS
 SHARE = 0.7
 """Share of the free memory. The rest is for the prefill of prompts, for logits, and for one layer's copy when slots are rearranged."""
 LEADING_BITS = 3
+PREFILL_TOKENS, CPU_PREFILL_TOKENS = 2**14, 2**11
+"""Most prompt tokens of one forward pass. More than these are no faster on a CPU, where they would only take memory."""
+
+
+def prefill_tokens(device: str) -> int:
+    """Return the most prompt tokens of one forward pass on a kind of device; a longer prompt is computed by itself."""
+    return CPU_PREFILL_TOKENS if device == "cpu" else PREFILL_TOKENS
 
 
 def max_tokens(device: torch.device, token_bytes: int) -> int:

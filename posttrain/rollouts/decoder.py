@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from posttrain.data.transfer import together
 from posttrain.models.reach import PLAIN_LENGTH, SMALL_WINDOW, find_reach, probe_ids, shrunk
 from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded, is_tensor_parallel
+from posttrain.rollouts.budget import prefill_tokens
 from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
 from posttrain.rollouts.plain_step import PlainStep, plain_step
 from posttrain.rollouts.shared import NAME
@@ -34,8 +35,6 @@ from posttrain.rollouts.slots import Pair, PromptLayer, Slots, StateKind
 from posttrain.rollouts.steps import RECORDERS, StepRunner
 from posttrain.text import reason_of
 
-PREFILL_TOKENS = 2**14
-"""Most prompt tokens of one forward pass."""
 PROBE_PROMPTS, PROBE_ANSWERS = ((3, 4, 5), (6,)), ((7, 8, 9), (4, 3, 5), (5, 6, 7))
 """Two answers to the first prompt, one to the second."""
 
@@ -126,7 +125,7 @@ class Decoder:
             kept: states of the beginnings of some prompts, which are not computed again.
         """
         lengths, hidden = [len(prompt) for prompt in prompts], list[Tensor]()
-        at_once = max(1, PREFILL_TOKENS // max(lengths))
+        at_once = max(1, prefill_tokens(self.lm.device.type) // max(lengths))
         start = 0
         with slots.entering(lengths, counts):
             for continued, same in groupby(prompts, lambda prompt: kept is not None and kept.holds(prompt)):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.models.tiny import TinyShape
+from posttrain.rollouts import budget as limits
 from posttrain.rollouts import native
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
@@ -115,15 +116,22 @@ def test_prompts_enter_while_others_are_answered_and_the_budget_holds(
 
 def test_a_prompt_is_computed_once_for_its_answers(model: Any, uneven: Uneven, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
+    parts: list[int] = []
     prefill = Decoder._prefill
 
     def watched(self: Decoder, prompts: Any, layers: Any) -> Any:
         computed.extend(len(prompt) for prompt in prompts)
+        parts.append(len(prompts))
         return prefill(self, prompts, layers)
 
     monkeypatch.setattr(Decoder, "_prefill", watched)
-    engine(model, uneven.eos, max_rows=8).sample(uneven.asked, SamplingSettings(4, 1.0))
+    monkeypatch.setattr(limits, "CPU_PREFILL_TOKENS", 420)
+    answers = engine(model, uneven.eos, max_rows=16).sample(uneven.asked, SamplingSettings(4, 1.0))
     assert computed == sorted((len(request.prompt) for request in uneven.asked), reverse=True)
+    # at most 420 tokens of prompts at once: two of up to 200 tokens
+    assert parts[0] == 2
+    found = [[c.tokens for c in group] for group in answers]
+    assert found == [[c.tokens[:4] for c in group] for group in uneven.alone]
 
 
 def test_the_layout_by_hand() -> None:
