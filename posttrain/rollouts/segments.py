@@ -75,8 +75,9 @@ class Segment:
         weights = torch.cat(columns, -1).softmax(-1, dtype=torch.float32).to(query.dtype)
         on_prompt, on_own = weights[..., : self.prompt + self.own].split([self.prompt, self.own], -1)
         # [answers, key heads, repeats, size]; the prompt's values are read once per group, which is the point of the scheme
-        outputs: Tensor = on_own @ own_values
-        return outputs.add_(self._by_row(self._by_group(on_prompt) @ prompt_values))
+        outputs = self._by_row(self._by_group(on_prompt) @ prompt_values).contiguous()
+        outputs.flatten(0, 1).baddbmm_(on_own.flatten(0, 1), own_values.flatten(0, 1))
+        return outputs
 
     def within(self, window: int, lengths: Tensor, ages: Tensor, row_ages: Tensor) -> Segment:
         """Return the segment with masks in which an answer's newest token sees only the last `window` tokens, itself included.
