@@ -43,6 +43,10 @@ ATTENTIONS = (
     smollm3.SmolLM3Attention,
 )
 MISTRAL = mistral.MistralAttention.forward
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings whose angles depend on the position only, not on the length of the row."""
+TABLE_STEP = 256
+"""Positions. The table of rotations has a multiple of these."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -52,6 +56,8 @@ class PlainStep:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.layers = [PlainLayer(layer) for layer in model.layers]
+        self.table = torch.empty(0)
+        """Cosines and sines of the first positions, [positions, 2 size]."""
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Slots, casts: Mapping[str, Tensor]) -> Tensor:
         """Return the last hidden states [answers, hidden] of one new token per answer, and store its keys and values.
@@ -61,13 +67,26 @@ class PlainStep:
             casts: parameters of the model in the dtype of its products, by name; the others keep theirs.
         """
         states = self.model.embed_tokens(tokens[:, 0])
-        cos, sin = self.model.rotary_emb(states, positions)
+        cos, sin = self._rotation(states, positions, slots)
         # the dtypes of the products are those of their weights: autocast would look for casts in every one
         with torch.autocast(states.device.type, enabled=False):
             for number, layer in enumerate(self.layers):
                 states = layer(states, cos, sin, slots, number, _Weights(casts, f"layers.{number}."))
             norm = self.model.norm
             return _normalised(states, norm.weight, norm.variance_epsilon)
+
+    def _rotation(self, states: Tensor, positions: Tensor, slots: Slots) -> tuple[Tensor, ...]:
+        """Return cosines and sines [answers, 1, size]. Those of all positions in the slots are computed once."""
+        rotary = self.model.rotary_emb
+        if getattr(rotary, "rope_type", "") not in FIXED_ROTATIONS:
+            computed: tuple[Tensor, Tensor] = rotary(states, positions)
+            return computed
+        # known on the host and the same for all steps that replay one another
+        needed = max(slots.lengths) + slots.capacity
+        if len(self.table) < needed or (self.table.dtype, self.table.device) != (states.dtype, states.device):
+            rows = torch.arange(-(-needed // TABLE_STEP) * TABLE_STEP, device=states.device)
+            self.table = torch.cat(rotary(states, rows[None]), -1)[0]
+        return self.table.index_select(0, positions[:, 0])[:, None].chunk(2, -1)
 
 
 class PlainLayer:

@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 SCALED = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
 REQUESTS = [Request((5, 6, 7) * 3, ((0,), (1,))), Request((9, 4), ((2,),))]
 
 
@@ -60,6 +61,7 @@ def own_logprobs(lm: PreTrainedModel, prompt: tuple[int, ...], answer: tuple[int
         (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
         (LlamaConfig, {"hidden_act": "gelu", "num_key_value_heads": 4, "head_dim": 6, "rope_parameters": SCALED}),
         (LlamaConfig, {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+        (LlamaConfig, {"rope_parameters": DYNAMIC}),
         (MistralConfig, {"sliding_window": 6}),
         (Qwen2Config, WINDOW),
         (Qwen3Config, {"head_dim": 8, "attention_bias": True}),
@@ -78,6 +80,19 @@ def test_samples_have_the_log_probabilities_of_the_model(kind: Any, options: dic
     for request, group in zip(REQUESTS, answers, strict=True):
         for answer in group:
             assert answer.logprobs == pytest.approx(own_logprobs(lm, request.prompt, answer.tokens), abs=1e-5)
+
+
+def test_rotations_are_computed_once_for_all_positions_in_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the trial and two calls fit into one table; a longer row needs a larger one
+    monkeypatch.setattr("posttrain.rollouts.plain_step.TABLE_STEP", 50)
+    lm = model(LlamaConfig)
+    engine = NativeEngine(lm, -1)
+    for prompt, new, size in (((5, 6, 7), 4, 50), ((9, 4) * 10, 28, 50), ((9, 4) * 12, 30, 100)):
+        [[answer]] = engine.sample([Request(prompt, ((0,),))], SamplingSettings(new, 1.0))
+        assert isinstance(engine.decoder, Decoder)
+        assert isinstance(engine.decoder.plain, PlainStep)
+        assert len(engine.decoder.plain.table) == size
+        assert answer.logprobs == pytest.approx(own_logprobs(lm, prompt, answer.tokens), abs=1e-5)
 
 
 def replaced(lm: PreTrainedModel) -> None:
