@@ -75,7 +75,7 @@ ui: setup  ## open MLflow for the runs and Prefect for the flows (PORT=5000 PREF
 
 bench: setup  ## repeat all measurements and write benchmarks/RESULTS.md: an hour on two idle cores
 	@test -x .venv-trl/bin/python || benchmarks/peers/setup.sh trl
-	@for name in training limits async_grpo rollouts logprobs scaling journal orchestration; do \
+	@for name in training limits async_grpo rollouts logprobs scaling journal orchestration plan_memory; do \
 		echo "== benchmarks/$$name.py"; $(QUIET) $(PYTHON_IN) "benchmarks/$$name.py" --write || exit 1; done
 	@$(PYTHON_IN) benchmarks/results.py
 

@@ -22,6 +22,7 @@ TABLES = (
     "orchestration",
     "lineage",
     "moe_gspo",
+    "plan_memory",
     "gpu",
 )
 HEAD = """# Results
