@@ -75,6 +75,13 @@ class PlainStep:
             norm = self.model.norm
             return _normalised(states, norm.weight, norm.variance_epsilon)
 
+    def is_current(self) -> bool:
+        """Return True if the model still has the modules that a step computes: no adapter, hook or other function came since."""
+        return _is_plain_model(self.model) and all(
+            own.layer is layer and own.attention is layer.self_attn and own.mlp is layer.mlp
+            for own, layer in zip(self.layers, self.model.layers, strict=True)
+        )
+
     def _rotation(self, states: Tensor, positions: Tensor, slots: Slots) -> tuple[Tensor, ...]:
         """Return cosines and sines [answers, 1, size]. Those of all positions in the slots are computed once."""
         rotary = self.model.rotary_emb
@@ -193,11 +200,15 @@ def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def plain_step(lm: PreTrainedModel) -> PlainStep | None:
     """Return the step of a model of the plain family, None for others and for weights that processes split."""
     model: Any = lm.base_model
-    if is_sharded(lm) or is_tensor_parallel(lm) or not _has_forward_of(model, MODELS):
+    if is_sharded(lm) or is_tensor_parallel(lm):
         return None
-    if not (is_rms_norm(model.norm) and type(model.embed_tokens) is nn.Embedding and _unchanged(model.embed_tokens)):
-        return None
-    return PlainStep(model) if len(model.layers) and all(map(_is_plain, model.layers)) else None
+    return PlainStep(model) if _is_plain_model(model) else None
+
+
+def _is_plain_model(model: Any) -> bool:
+    if not (_has_forward_of(model, MODELS) and is_rms_norm(model.norm) and type(model.embed_tokens) is nn.Embedding):
+        return False
+    return _unchanged(model.embed_tokens) and len(model.layers) > 0 and all(map(_is_plain, model.layers))
 
 
 def _is_plain(layer: Any) -> bool:

@@ -19,11 +19,13 @@ from transformers import (
     SmolLM3Config,
 )
 
+from posttrain.models.lora import Adapter
 from posttrain.models.packed import prepare
 from posttrain.rollouts.decoder import Decoder
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.plain_step import PlainStep, plain_step
+from posttrain.settings import LoraSettings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -103,17 +105,29 @@ def hooked(lm: PreTrainedModel) -> None:
     lm.base_model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, given, output: 2 * output)
 
 
+def adapted(lm: PreTrainedModel) -> None:
+    Adapter(lm, LoraSettings(rank=2, alpha=4, target_modules=("q_proj", "down_proj")))
+    for name, parameter in lm.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.5
+
+
 @pytest.mark.parametrize("kind", [GraniteConfig, Olmo2Config])
 def test_models_that_compute_otherwise_are_not_taken(kind: Any) -> None:
     assert plain_step(model(kind)) is None
 
 
-@pytest.mark.parametrize("change", [replaced, hooked])
+@pytest.mark.parametrize("change", [replaced, hooked, adapted])
 def test_changed_modules_are_not_taken(change: Any) -> None:
     lm = model(LlamaConfig)
+    engine, settings = NativeEngine(lm, -1), SamplingSettings(6, 1.0)
+    engine.sample(REQUESTS, settings)
     assert plain_step(lm) is not None
     change(lm)
     assert plain_step(lm) is None
+    # an engine that has sampled before the change notices it
+    [[answer, _], _] = engine.sample(REQUESTS, settings)
+    assert answer.logprobs == pytest.approx(own_logprobs(lm, REQUESTS[0].prompt, answer.tokens), abs=1e-5)
 
 
 def test_a_wrong_step_is_refused_by_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
