@@ -241,6 +241,12 @@ def _innermost(kind: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _unchanged(module: nn.Module) -> bool:
-    """Return True if a call of the module is one of its class: no function replaces it, and hooks only narrow the last layer."""
+    """Return True if a call of the module is one of its class: no function replaces it, and no hook changes a number."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return "forward" not in vars(module) and all(isinstance(getattr(h, "__self__", None), NarrowLayer) for h in hooks)
+    return "forward" not in vars(module) and all(map(_keeps_numbers, hooks))
+
+
+def _keeps_numbers(hook: Any) -> bool:
+    """Return True for a hook that narrows the last layer, and for that of checkpointing, which marks embeddings for the gradient."""
+    marks = getattr(hook, "__code__", None) in PreTrainedModel.enable_input_require_grads.__code__.co_consts
+    return marks or isinstance(getattr(hook, "__self__", None), NarrowLayer)
