@@ -67,12 +67,7 @@ def layer_processes() -> int:
     Raises:
         ConfigError: it is no whole number from 1.
     """
-    given = os.environ.get(TENSOR_PARALLEL, "").strip() or "1"
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(
-            f"{TENSOR_PARALLEL} = {given!r}: must be the number of processes that split each layer; correct it, or remove it"
-        )
-    return int(given)
+    return _processes(TENSOR_PARALLEL, "split each layer")
 
 
 def row_processes() -> int:
@@ -81,10 +76,14 @@ def row_processes() -> int:
     Raises:
         ConfigError: it is no whole number from 1.
     """
-    given = os.environ.get(CONTEXT_PARALLEL, "").strip() or "1"
+    return _processes(CONTEXT_PARALLEL, "share each row")
+
+
+def _processes(variable: str, work: str) -> int:
+    given = os.environ.get(variable, "").strip() or "1"
     if not given.isdecimal() or int(given) < 1:
         raise ConfigError(
-            f"{CONTEXT_PARALLEL} = {given!r}: must be the number of processes that share each row; correct it, or remove it"
+            f"{variable} = {given!r}: must be the number of processes that {work}; correct it, or remove it"
         )
     return int(given)
 
