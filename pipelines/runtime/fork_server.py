@@ -102,7 +102,12 @@ def _import_project() -> Stamps:
         before = {str(file): _stamp(file) for folder in folders for file in Path(folder).rglob("*.py")}
         for name in STEPS:
             importlib.import_module(name)
-    except Exception:  # such as a syntax error in an edit: the step that needs the module reports it
+    except Exception as error:  # such as a syntax error in an edit: a step that needs the module stops with it
+        print(
+            f"fork server: steps import the project by themselves ({type(error).__name__}: {error})",
+            file=sys.stderr,
+            flush=True,
+        )
         _drop_project()
         return {}
     return {file: before.get(file, ()) for file in map(_source, _project_modules()) if file}

@@ -82,7 +82,7 @@ class Slots:
             layer.begin(room)
         yield
         if any(layer.room is not None for layer in self.layers):
-            raise ValueError("a layer has no keys and values of its own")
+            raise ValueError("a layer stored no keys and values")
         self.lengths += lengths
         self.ages += [0] * len(lengths)
         self.counts += counts
