@@ -48,7 +48,6 @@ class TokenBatch:
         input_ids: [tokens] ids.
         positions: [tokens] position of each token in its own row.
         families: flat ranges of prompts and responses.
-        parts: which token attends to which.
         source: [batch, time] index of the token whose hidden state predicts the response token.
         targets: [batch, time] response ids.
         trained: [trained tokens] positions of True in mask.flatten().
@@ -57,12 +56,12 @@ class TokenBatch:
         rows: [batch, length] indices of the row's tokens, padded on the right.
         place: [tokens] index of each token in rows.flatten().
         found: the reads that have been computed, on the batch's device.
+        layouts: the result of `parts`, once it has been computed.
     """
 
     input_ids: Tensor
     positions: Tensor
     families: tuple[Family, ...]
-    parts: Parts
     source: Tensor
     targets: Tensor
     trained: Tensor
@@ -71,6 +70,14 @@ class TokenBatch:
     rows: Tensor
     place: Tensor
     found: dict[FindReads, Reads] = field(default_factory=dict, compare=False, repr=False)
+    layouts: list[Parts] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def parts(self) -> Parts:
+        """Return which token attends to which. Masks are made on the first use: a device that takes offsets needs none."""
+        if not self.layouts:
+            self.layouts.append(attended_parts(self.families))
+        return self.layouts[0]
 
     def to(self, device: torch.device, reads: FindReads = predicting) -> TokenBatch:
         """Return the batch on `device`, with the reads that the model will ask for, in one copy."""
@@ -80,15 +87,16 @@ class TokenBatch:
         self, columns: Mapping[str, Tensor], device: torch.device, reads: FindReads = predicting
     ) -> tuple[TokenBatch, dict[str, Tensor]]:
         """Return the batch and an objective's columns on `device`, all in one copy."""
-        parts, found = self.parts, self._reads(reads)
         if takes_offsets(device):
             parts, found = attended_parts(self.families, offsets=True), reads(self.families, True)
+        else:
+            parts, found = self.parts, self._reads(reads)
         names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
         own, others = [getattr(self, name) for name in names], [*chain(*(part.tensors() for part in parts))]
         moved = iter(together([*own, *others, *found.tensors(), *columns.values()], device))
         fields: dict[str, Any] = {name: next(moved) for name in names}
-        moved_parts = take_parts(parts, moved)
-        batch = TokenBatch(families=self.families, parts=moved_parts, found={reads: found.take(moved)}, **fields)
+        layouts = [take_parts(parts, moved)]
+        batch = TokenBatch(families=self.families, layouts=layouts, found={reads: found.take(moved)}, **fields)
         return batch, dict(zip(columns, moved, strict=True))
 
     def predicting(self) -> Reads:
@@ -138,7 +146,7 @@ def collate(tokens: Sequence[Tokens]) -> TokenBatch:
         "last": np.array([row[-1] for row in indices]), "rows": rows, "place": place,
     }  # fmt: skip
     fields: dict[str, Any] = {name: torch.from_numpy(array) for name, array in numbers.items()}
-    return TokenBatch(families=tuple(families), parts=attended_parts(families), **fields)
+    return TokenBatch(families=tuple(families), **fields)
 
 
 def _families(prompts: Sequence[tuple[int, ...]], shared_from: int = 1) -> list[list[int]]:

@@ -36,7 +36,7 @@ GREATEST_SIZE, SIZES = 256, 8
 
 
 class Kernel(NamedTuple):
-    """The forward and backward functions of a kernel, with the signatures of PyTorch's `torch_attn::_varlen_attn`."""
+    """The forward and backward functions of a kernel, with the signatures of `torch_attn::_varlen_attn` since PyTorch 2.11."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -146,9 +146,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the outputs [queries, heads, size], their log-sum-exp [heads, queries], and the kernel's state."""
     starts = (call.query_starts, call.key_starts, call.longest_query, call.longest_key)
-    return KERNELS[states[0].device.type]().forward(
-        *states, *starts, _causal(window), scaling, window, _grouped(states)
-    )
+    # the kernel sees from the shapes that heads are grouped; PyTorch 2.13's argument for it is unknown to older versions
+    return KERNELS[states[0].device.type]().forward(*states, *starts, _causal(window), scaling, window)
 
 
 def _backward(
@@ -207,7 +206,3 @@ def _window(causal: bool, layout: ByOffsets | None = None) -> list[int]:
 def _causal(window: list[int]) -> bool:
     """Return the argument that PyTorch's public function gives with a window."""
     return window == [-1, 0]
-
-
-def _grouped(states: tuple[Tensor, Tensor, Tensor]) -> bool:
-    return states[0].shape[1] != states[1].shape[1]

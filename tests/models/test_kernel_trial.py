@@ -25,7 +25,7 @@ Forward = tuple[Tensor, Tensor, Tensor]
 
 
 def not_causal(*given: Any) -> Forward:
-    return reference.forward(*given[:7], False, given[8], [-1, -1], given[10])
+    return reference.forward(*given[:7], False, given[8], [-1, -1])
 
 
 def without_offsets(

@@ -266,3 +266,12 @@ def test_the_attention_is_named(
 def test_a_policy_on_a_cpu_keeps_its_masks() -> None:
     batch = collate(ROWS).to(torch.device("cpu"))
     assert not any(isinstance(part, ByOffsets) for part in (*batch.parts, *batch.predicting().parts))
+
+
+@pytest.mark.usefixtures("reference")
+def test_no_masks_are_made_for_a_device_that_takes_offsets() -> None:
+    """They are quadratic in the rows' length, and took longer than an update of rows of 8,192 tokens may take on a GPU."""
+    laid_out = collate(ROWS)
+    moved = laid_out.to(torch.device("cpu"))
+    assert isinstance(moved.parts[0], ByOffsets)
+    assert (laid_out.layouts, laid_out.found) == ([], {})

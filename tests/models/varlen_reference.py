@@ -1,4 +1,4 @@
-"""Attention by offsets written out with whole score matrices, in the signature of PyTorch's `torch_attn::_varlen_attn`.
+"""Attention by offsets written out with whole score matrices, in the signature of `torch_attn::_varlen_attn` since PyTorch 2.11.
 
 It computes on any device and in any dtype, so the merge, the offsets and the gradient can be checked without a GPU.
 """
@@ -16,10 +16,9 @@ from posttrain.models.varlen import Kernel
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, longest_query: int, longest_key: int,
-    causal: bool, scale: float | None, window: list[int], grouped: bool,
+    causal: bool, scale: float | None, window: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return outputs [queries, heads, size], log-sum-exp [heads, queries], and an empty state."""
-    assert grouped == (query.shape[1] != key.shape[1])
     assert causal == (window == [-1, 0])
     output = torch.zeros_like(query)
     normaliser = query.new_zeros(query.shape[1], query.shape[0])
