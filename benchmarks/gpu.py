@@ -5,10 +5,13 @@
     python benchmarks/gpu.py --write              # keep the numbers of this GPU in benchmarks/gpu/NAME.json
     python benchmarks/gpu.py --tiny               # the same code in seconds, also on a CPU
 
-Needs only torch, transformers, accelerate and safetensors. Prints tables; --out writes JSON. If numbers of this GPU are kept, each case is
-compared with them, and more than 5 % fewer tokens a second or more memory is an alarm; so is a peak that `posttrain plan` misses by more
-than 10 %, an attention kernel that the GPU refuses, and a deterministic run that differs. With alarms the exit status is 1. On a CPU the
-"device" is the CPU itself: bfloat16 autocast is compared with float32, and no memory is measured.
+Needs only torch, transformers, accelerate and safetensors. Prints tables; --out writes JSON after each case, so a run that is cut short
+keeps its numbers, and a part that fails leaves the others. Layers are recomputed if the plan does not fit the GPU otherwise.
+
+If numbers of this GPU are kept, each case is compared with them, and more than 5 % fewer tokens a second or more memory is an alarm; so is
+a peak that `posttrain plan` misses by more than 10 %, an attention kernel that the GPU refuses, a part that fails, numbers far from the
+CPU's, and a deterministic run that differs. With alarms the exit status is 1. On a CPU the "device" is the CPU itself: bfloat16 autocast is
+compared with float32, and no memory is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from benchmarks.gpu_cases import BUDGET, CASES, SHAPES, TINY, Case, Shape, groups_of, measured, tiny
-from benchmarks.gpu_curve import determinism
+from benchmarks.gpu_curve import KINDS, determinism
 from benchmarks.gpu_transfer import table, transfers
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
@@ -41,6 +45,7 @@ from posttrain.models.packed import REFUSED
 from posttrain.models.policy import Policy
 from posttrain.planning import sizes
 from posttrain.settings import OptimizerSettings
+from posttrain.text import reason_of
 from posttrain.training.supervised import Example, SupervisedObjective
 from posttrain.training.trainer import Trainer
 
@@ -50,6 +55,8 @@ KEPT = Path(__file__).with_name("gpu")
 """Folder with the numbers of each GPU that was measured."""
 SLOWER, UNPLANNED = 0.05, 0.10
 """Shares by which a number may be worse than the kept one, and by which a peak may differ from the plan."""
+FARTHEST = {"float32": 1e-3, "bfloat16": 0.2}
+"""Largest differences of a log-probability from the CPU's in float32, by precision."""
 CURVES, TRANSFERS = "curves", "transfers"
 """Names that select deterministic mode, and weights' ways to a process that samples, next to the cases."""
 OTHERS = (CURVES, TRANSFERS)
@@ -66,21 +73,20 @@ def main() -> int:
     if unknown := [name for name in names if name not in (*CASES, *OTHERS)] + [s for s in shapes if s not in SHAPES]:
         sys.exit(f"error: no case or shape {unknown[0]!r}; there are: {', '.join([*CASES, *OTHERS, *SHAPES])}")
     found: dict[str, Any] = {"device": describe(device), "torch": torch.__version__, "peak_tflops": known_peak(device)}
-    found["agreement"] = agreement(device, SHAPES[shapes[0]], args.tiny)
-    found["cases"] = dict(timings(device, names, shapes, args.tiny, args.repeats))
-    if TRANSFERS in names:
-        found["transfers"] = transfers(device, shapes[0], args.repeats)
-    if CURVES in names:
-        found["deterministic"] = determinism(args.tiny)
-    print(tables(found))
     kept = KEPT / f"{slug(found['device'])}.json"
     against = args.against or (kept if kept.exists() and not args.write else None)
-    raised = alarms(found, json.loads(against.read_text(encoding="utf-8")) if against else {})
+    earlier = json.loads(against.read_text(encoding="utf-8")) if against else {}
+
+    def save() -> None:
+        for path in [*([args.out] if args.out else []), *([kept] if args.write else [])]:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    measure(found, device, names, shapes, args, save)
+    print(tables(found))
+    raised = alarms(found, earlier)
     for line in raised:
         print(f"alarm: {line}")
-    for path in [*([args.out] if args.out else []), *([kept] if args.write else [])]:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 1 if raised else 0
 
 
@@ -100,25 +106,43 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def timings(
-    device: torch.device, names: list[str], shapes: list[str], small: bool, repeats: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the numbers of each case at each shape; one that fails, such as for lack of memory, has its error instead."""
+def measure(
+    found: dict[str, Any],
+    device: torch.device,
+    names: list[str],
+    shapes: list[str],
+    args: argparse.Namespace,
+    save: Callable[[], None],
+) -> None:
+    """Add the numbers of all parts to `found`, and call `save` after each."""
+    found["agreement"] = attempted(lambda: agreement(device, SHAPES[shapes[0]], args.tiny))
+    found["cases"] = {}
     for shape in shapes:
         model = sizes(SHAPES[shape].config())
-        for name in names:
-            if name in OTHERS:
-                continue
-            case = tiny(CASES[name]) if small else CASES[name]
-            try:
-                numbers = measured(case, SHAPES[shape], model, device, BUDGET // TINY if small else BUDGET, repeats)
-            except torch.OutOfMemoryError as error:
-                numbers = {"error": str(error).splitlines()[0]}
-            yield f"{shape}/{name}", numbers
+        for name in (name for name in names if name not in OTHERS):
+            case, budget = (tiny(CASES[name]), BUDGET // TINY) if args.tiny else (CASES[name], BUDGET)
+            numbers = attempted(lambda: measured(case, SHAPES[shape], model, device, budget, args.repeats))  # noqa: B023
+            found["cases"][f"{shape}/{name}"] = numbers
             print(f"{shape}/{name}: {numbers}", file=sys.stderr, flush=True)
+            save()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+    if TRANSFERS in names:
+        found["transfers"] = transfers(device, shapes[0], args.repeats, attempted)
+        save()
+    if CURVES in names:
+        found["deterministic"] = {kind: attempted(lambda: determinism(kind, args.tiny)) for kind in KINDS}  # noqa: B023
+    save()
+
+
+def attempted(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return a part's numbers, or its `error`: on a new device anything may fail, and the other parts are still worth their time."""
+    try:
+        return part()
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": reason_of(error)}
 
 
 def agreement(device: torch.device, shape: Shape, small: bool) -> dict[str, dict[str, float]]:
@@ -156,29 +180,40 @@ def one_step(
 
 def alarms(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
     """Return the numbers that are worse than the kept ones or the plan, kernels that are not used, and deterministic runs that differ."""
-    raised = []
+    agreed, curves = found["agreement"], found.get("deterministic", {})
+    whole = {"agreement": agreed, **{f"weights by {way}": part for way, part in found.get("transfers", {}).items()}}
+    whole |= {f"deterministic {kind}": curve for kind, curve in curves.items()}
+    raised = [f"{name}: {part['error']}" for name, part in whole.items() if "error" in part]
+    raised += [
+        f"{precision}: a log-probability differs from the CPU's by {agreed[precision]['logprob']:.2g}"
+        for precision, farthest in FARTHEST.items()
+        if not agreed.get(precision, {"logprob": 0.0})["logprob"] <= farthest
+    ]
     for name, case in found["cases"].items():
-        before = kept.get("cases", {}).get(name, {})
-        if "error" in case:
-            if "error" not in before:
-                raised.append(f"{name}: {case['error']}")
-            continue
-        if REFUSED in case.get("attention", ""):
-            raised.append(f"{name}: {case['attention']}")
-        if (speed := before.get("tokens_per_second")) and case["tokens_per_second"] < (1 - SLOWER) * speed:
-            raised.append(f"{name}: {case['tokens_per_second']:,.0f} tokens/s, and {speed:,.0f} are kept")
-        peak, planned = case["peak_gib"], case["predicted_gib"]
-        if peak is None:
-            continue
-        if (less := before.get("peak_gib")) and peak > (1 + SLOWER) * less:
-            raised.append(f"{name}: a peak of {peak:.2f} GiB, and {less:.2f} are kept")
-        if abs(peak - planned) > UNPLANNED * planned:
-            raised.append(f"{name}: a peak of {peak:.2f} GiB, and the plan is {planned:.2f}")
-    for kind, curve in found.get("deterministic", {}).items():
-        if not (curve["same_again"] and curve["same_after_kill"]):
-            raised.append(
-                f"deterministic {kind}: same again {curve['same_again']}, after a kill {curve['same_after_kill']}"
-            )
+        raised += case_alarms(name, case, kept.get("cases", {}).get(name, {}))
+    return raised + [
+        f"deterministic {kind}: same again {curve['same_again']}, after a kill {curve['same_after_kill']}"
+        for kind, curve in curves.items()
+        if "error" not in curve and not (curve["same_again"] and curve["same_after_kill"])
+    ]
+
+
+def case_alarms(name: str, case: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Return the numbers of a case that are worse than the kept ones or the plan, and a kernel that is not used."""
+    if "error" in case:
+        return [] if "error" in before else [f"{name}: {case['error']}"]
+    raised = []
+    if REFUSED in case.get("attention", ""):
+        raised.append(f"{name}: {case['attention']}")
+    if (speed := before.get("tokens_per_second")) and case["tokens_per_second"] < (1 - SLOWER) * speed:
+        raised.append(f"{name}: {case['tokens_per_second']:,.0f} tokens/s, and {speed:,.0f} are kept")
+    peak, planned = case["peak_gib"], case["predicted_gib"]
+    if peak is None:
+        return raised
+    if (less := before.get("peak_gib")) and peak > (1 + SLOWER) * less:
+        raised.append(f"{name}: a peak of {peak:.2f} GiB, and {less:.2f} are kept")
+    if abs(peak - planned) > UNPLANNED * planned:
+        raised.append(f"{name}: a peak of {peak:.2f} GiB, and the plan is {planned:.2f}")
     return raised
 
 
@@ -187,15 +222,18 @@ def tables(found: Mapping[str, Any]) -> str:
     lines = [f"{found['device']}, torch {found['torch']}, bfloat16 autocast, random weights", ""]
     lines += ["| precision | log-probability | loss, relative | gradient norm, relative |", "|---|---|---|---|"]
     for precision, far in found["agreement"].items():
+        if precision == "error":
+            lines.append(f"| {far} | | | |")
+            continue
         lines.append(f"| {precision} | {far['logprob']:.2g} | {far['loss']:.2g} | {far['grad_norm']:.2g} |")
     lines += [
         "",
-        "| case | tokens/s | TFLOP/s | MFU | peak GiB | planned GiB | attention |",
-        "|---|---|---|---|---|---|---|",
+        "| case | tokens/s | TFLOP/s | MFU | peak GiB | planned GiB | recomputed | attention |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, case in found["cases"].items():
         if "error" in case:
-            lines.append(f"| {name} | {case['error']} | | | | | |")
+            lines.append(f"| {name} | {case['error']} | | | | | | |")
             continue
         work, limit, peak = case["tflops"], found["peak_tflops"], case["peak_gib"]
         cells = [
@@ -204,11 +242,15 @@ def tables(found: Mapping[str, Any]) -> str:
             "" if work is None or limit is None else f"{work / limit:.1%}",
             "" if peak is None else f"{peak:.2f}",
             f"{case['predicted_gib']:.2f}",
+            "layers" if case["recomputed"] else "",
             case["attention"],
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += table(found["transfers"]) if "transfers" in found else []
     for kind, curve in found.get("deterministic", {}).items():
+        if "error" in curve:
+            lines += ["", f"Deterministic {kind}: {curve['error']}"]
+            continue
         lines += [
             "",
             f"Deterministic {kind}, {curve['steps']} steps: the same numbers again: {curve['same_again']}; after a SIGKILL, resumed at step"

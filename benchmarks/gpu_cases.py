@@ -21,6 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 
 from posttrain.algorithms import DPO, GRPO
 from posttrain.data.tokens import TextEncoder, Tokens
+from posttrain.models.checkpointing import recompute_layers
 from posttrain.models.inference import token_logprobs
 from posttrain.models.packed import attention_name
 from posttrain.models.policy import Policy, Scorer
@@ -105,6 +106,8 @@ CASES = {
 }
 BUDGET = 16_384
 """Tokens of a micro-batch."""
+FILLED = 0.9
+"""Largest share of a GPU's memory that a plan without recomputed layers may take."""
 TINY = 32
 """Divisor of lengths and budget in a tiny run."""
 
@@ -148,18 +151,29 @@ def flop(model: Sizes, groups: Sequence[Group], scores: bool = False) -> float:
     return 6 * weights + 12 * model.layers * model.query_width * keys
 
 
-def predicted(case: Case, model: Sizes, device: str, budget: int) -> Memory:
+def predicted(
+    case: Case, model: Sizes, device: str, budget: int, recomputes: bool = False, device_bytes: int | None = None
+) -> Memory:
     """Return the memory that `posttrain.planning` expects, as the stages' plan computes it."""
     answers = case.prompts * case.answers
     tokens = min(budget, laid_out(groups_of(case, 4)))
     frozen = int(case.kind == "step")
-    learns = training(model, tokens, frozen=frozen, bf16=True, device=device)
+    trained = model.with_scalar_head() if case.kind == "reward" else model
+    learns = training(trained, tokens, frozen=frozen, bf16=True, recomputes=recomputes, device=device)
     if case.kind not in ("rollouts", "step"):
         return learns
     samples = sampling(
-        model, answers, case.prompt, case.answer, samples=case.answers, trained=frozen, frozen=1, bf16=True
-    )
+        model, answers, case.prompt, case.answer, samples=case.answers, trained=frozen, frozen=1, bf16=True,
+        device=device, device_bytes=device_bytes,
+    )  # fmt: skip
     return samples if case.kind == "rollouts" else max(samples, learns, key=lambda memory: memory.total)
+
+
+def must_recompute(case: Case, model: Sizes, device: str, budget: int, device_bytes: int | None) -> bool:
+    """Return True if the plan exceeds the device's memory unless the backward pass computes layers a second time."""
+    if device_bytes is None or case.kind == "rollouts":
+        return False
+    return predicted(case, model, device, budget, device_bytes=device_bytes).total > FILLED * device_bytes
 
 
 def measured(case: Case, shape: Shape, model: Sizes, device: torch.device, budget: int, repeats: int) -> dict[str, Any]:
@@ -171,6 +185,10 @@ def measured(case: Case, shape: Shape, model: Sizes, device: torch.device, budge
     kind = Qwen3ForSequenceClassification if case.kind == "reward" else Qwen3ForCausalLM
     with torch.device(device):
         made: Any = kind(shape.config()).eval()
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    recomputes = must_recompute(case, model, device.type, budget, room)
+    if recomputes:
+        recompute_layers(made)
     module = Scorer(made) if case.kind == "reward" else Policy(made)
     run, tokens = prepared(case, module, groups, accelerator, budget)
     seconds, peak = timed(run, device, repeats)
@@ -183,7 +201,8 @@ def measured(case: Case, shape: Shape, model: Sizes, device: torch.device, budge
         "tflops": work,
         "attention": kernel,
         "peak_gib": None if peak is None else peak / GIB,
-        "predicted_gib": predicted(case, model, device.type, budget).total / GIB,
+        "predicted_gib": predicted(case, model, device.type, budget, recomputes, room).total / GIB,
+        "recomputed": recomputes,
     }
 
 

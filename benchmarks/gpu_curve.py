@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare GPU box h
 from benchmarks.silent import Silent
 
 STEPS, KILLED_AT = 6, 4
+LAYERS, VOCABULARY = 8, 32_768
+"""Of the model with the widths of 0.6 B. A run writes three checkpoints, which at full size would take most of its time."""
 KINDS = ("sft", "grpo")
 
 
@@ -68,8 +71,9 @@ def train(folder: Path, kind: str, kill_at: int | None, tiny: bool) -> None:
 
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
-    shape = SHAPES["tiny" if tiny else "0.6B"]
-    policy = Policy(Qwen3ForCausalLM(shape.config()).eval().to(accelerator.device))
+    shape = SHAPES["tiny"] if tiny else replace(SHAPES["0.6B"], layers=LAYERS, vocabulary=VOCABULARY)
+    with accelerator.device:
+        policy = Policy(Qwen3ForCausalLM(shape.config()).eval())
     size, budget = (16, 256) if tiny else (256, 16_384)
     source: Any
     objective: Any
@@ -96,31 +100,30 @@ def train(folder: Path, kind: str, kill_at: int | None, tiny: bool) -> None:
 
 def curve(folder: Path, kind: str, *options: str) -> list[list[float]]:
     """Run a training in a new process. Return the steps that it printed."""
-    command = [sys.executable, "-I", str(Path(__file__).resolve()), str(folder), kind, *options]
+    # -P: the scripts next to this one are no modules for the packages that it imports
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), str(folder), kind, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and not ("--kill-at" in options and done.returncode == -signal.SIGKILL):
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
-def determinism(tiny: bool) -> dict[str, Any]:
-    """Return for each kind: whether two runs, and one with a kill on the way, have the same losses and norms; and the mode's cost."""
-    found, small = {}, ("--tiny",) if tiny else ()
-    for kind in KINDS:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            first, second = (curve(folder / part, kind, *small) for part in ("first", "second"))
-            killed = curve(folder / "killed", kind, "--kill-at", str(KILLED_AT), *small)
-            resumed = curve(folder / "killed", kind, *small)
-            free = curve(folder / "free", kind, "--free", *small)
-        found[kind] = {
-            "steps": len(first),
-            "same_again": _numbers(first) == _numbers(second),
-            "resumed_at": int(resumed[0][0]),
-            "same_after_kill": {**_numbers(killed), **_numbers(resumed)} == _numbers(first),
-            "times_as_slow": _median_seconds(first) / _median_seconds(free),
-        }
-    return found
+def determinism(kind: str, tiny: bool) -> dict[str, Any]:
+    """Return whether two runs, and one with a kill on the way, have the same losses and norms; and the mode's cost."""
+    small = ("--tiny",) if tiny else ()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        first, second = (curve(folder / part, kind, *small) for part in ("first", "second"))
+        killed = curve(folder / "killed", kind, "--kill-at", str(KILLED_AT), *small)
+        resumed = curve(folder / "killed", kind, *small)
+        free = curve(folder / "free", kind, "--free", *small)
+    return {
+        "steps": len(first),
+        "same_again": _numbers(first) == _numbers(second),
+        "resumed_at": int(resumed[0][0]),
+        "same_after_kill": {**_numbers(killed), **_numbers(resumed)} == _numbers(first),
+        "times_as_slow": _median_seconds(first) / _median_seconds(free),
+    }
 
 
 def _numbers(steps: list[list[float]]) -> dict[float, list[float]]:
@@ -146,7 +149,9 @@ def main() -> None:
 
     if args.tiny:
         torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(not args.free)
+    from posttrain.models.kernels import set_kernels
+
+    set_kernels(deterministic=not args.free)  # as in a stage
     train(args.folder, args.kind, args.kill_at, args.tiny)
 
 

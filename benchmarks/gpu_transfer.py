@@ -7,6 +7,7 @@ process loads them by vLLM's worker extension into a transformers model, and a p
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,41 @@ from benchmarks.gpu_cases import SHAPES
 from benchmarks.transfer import Process, serve, transferred
 from posttrain.rollouts.vllm.published import Published
 
+Numbers = dict[str, Any]
 
-def transfers(device: torch.device, shape: str, repeats: int) -> dict[str, dict[str, Any]]:
-    """Return the fastest wall seconds to publish, load and prove all weights in bfloat16, for each way; or the reason to skip it."""
+
+def transfers(
+    device: torch.device, shape: str, repeats: int, attempted: Callable[[Callable[[], Numbers]], Numbers]
+) -> dict[str, Numbers]:
+    """Return the numbers of each way, or the reason to skip it.
+
+    Args:
+        attempted: returns the numbers of one way, or its error.
+    """
     lm, found = model(shape, device), {}
     for way in ("ipc", "nccl"):
         if way == "nccl" and device.type == "cuda" and torch.cuda.device_count() < 2:
             found[way] = {"skipped": "one GPU"}
             continue
         other = f"cuda:{int(way == 'nccl')}" if device.type == "cuda" else "cpu"
-        process = Process([sys.executable, "-I", __file__, shape, other])
-        published = Published(lm, torch.bfloat16, way)
-        # the first transfer claims memory and connects
-        parts = [transferred(lm, published, process, version, wall=True) for version in range(repeats + 1)][1:]
-        published.close()
-        process.close()
-        found[way] = {part: min(each[part] for each in parts) for part in parts[0]}
+        found[way] = attempted(lambda: transfer(lm, way, shape, other, repeats))  # noqa: B023
     return found
 
 
-def table(found: dict[str, dict[str, Any]]) -> list[str]:
+def transfer(lm: Qwen3ForCausalLM, way: str, shape: str, other: str, repeats: int) -> Numbers:
+    """Return the fastest wall seconds to publish, load and prove all weights in bfloat16 on the device `other`."""
+    process = Process([sys.executable, "-P", __file__, shape, other])
+    published = Published(lm, torch.bfloat16, way)
+    try:
+        # the first transfer claims memory and connects
+        parts = [transferred(lm, published, process, version, wall=True) for version in range(repeats + 1)][1:]
+    finally:
+        published.close()
+        process.close()
+    return {part: min(each[part] for each in parts) for part in parts[0]}
+
+
+def table(found: dict[str, Numbers]) -> list[str]:
     """Return the numbers as lines of Markdown."""
     lines = [
         "",
@@ -46,8 +62,8 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
         "|---|" + "---|" * 7,
     ]
     for name, part in found.items():
-        if "skipped" in part:
-            lines.append(f"| {name} | {part['skipped']} | | | | | | |")
+        if reason := part.get("skipped", part.get("error")):
+            lines.append(f"| {name} | {reason} | | | | | | |")
             continue
         seconds = " | ".join(f"{part[key]:.3f}" for key in ("publish", "load", "probe", "total"))
         rate = part["MiB"] * 2**20 / 1e9 / (part["publish"] + part["load"])

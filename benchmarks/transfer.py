@@ -95,15 +95,22 @@ class Process:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.running: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.running.stdout.readline()
         self.spent = 0.0
+        self._line()
 
     def call(self, method: str, **arguments: Any) -> Any:
         """Return the result of a method of Worker."""
         print(json.dumps({"method": method, "kwargs": arguments}), file=self.running.stdin, flush=True)
-        found, seconds = json.loads(self.running.stdout.readline())
+        found, seconds = json.loads(self._line())
         self.spent += seconds
         return found
+
+    def _line(self) -> str:
+        """Return the next line of its output."""
+        line: str = self.running.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the receiving process ended with status {self.running.wait()}; its error is above")
+        return line
 
     def take(self, published: Published, version: int) -> dict[str, Any]:
         """Bring a version to the process."""
@@ -158,7 +165,7 @@ def transferred(
     times.append(clock())
     found = process.take(published, version)
     if "error" in found:
-        sys.exit(f"error: {found['error']}")
+        raise RuntimeError(found["error"])
     times.append(clock())
     own = probe_logprobs(lm, probe_ids(PROBE_TOKENS, lm.config.vocab_size), bf16=False)
     served = process.call("probe")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import alarms
-from benchmarks.gpu_cases import CASES, Case, flop, groups_of, laid_out
+from benchmarks.gpu import alarms, attempted
+from benchmarks.gpu_cases import BUDGET, CASES, GIB, SHAPES, Case, flop, groups_of, laid_out, must_recompute, predicted
 from posttrain.models.packed import REFUSED
-from posttrain.planning import Sizes
+from posttrain.planning import Sizes, sizes
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -77,10 +77,21 @@ def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_th
         "cpu": case(1, None),
         "full": {"error": "…"},
     }
-    assert alarms({"cases": fine, "deterministic": {"sft": curve}}, kept) == []
+    agreement = {"float32": {"logprob": 1e-5}, "bfloat16": {"logprob": 0.03}}
+    weights = {"ipc": {"gap": 0.0}, "nccl": {"skipped": "one GPU"}}
+    good = {"agreement": agreement, "cases": fine, "deterministic": {"sft": curve}, "transfers": weights}
+    assert alarms(good, kept) == []
     refused = f"masks, because FlashAttention {REFUSED} (an old GPU)"
     worse = {"a": case(94.9, 10.6) | {"attention": refused}, "b": case(100, 8.9), "new": {"error": "out of memory"}}
-    assert alarms({"cases": worse, "deterministic": {"grpo": curve | {"same_after_kill": False}}}, kept) == [
+    differs = {"grpo": curve | {"same_after_kill": False}, "sft": {"error": "no disk"}}
+    far = {
+        "agreement": agreement | {"float32": {"logprob": float("nan")}},
+        "transfers": {"ipc": {"error": "no handle"}},
+    }
+    assert alarms(far | {"cases": worse, "deterministic": differs}, kept) == [
+        "weights by ipc: no handle",
+        "deterministic sft: no disk",
+        "float32: a log-probability differs from the CPU's by nan",
         f"a: {refused}",
         "a: 95 tokens/s, and 100 are kept",
         "a: a peak of 10.60 GiB, and 10.00 are kept",
@@ -88,3 +99,19 @@ def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_th
         "new: out of memory",
         "deterministic grpo: same again True, after a kill False",
     ]
+    assert alarms({"agreement": {"error": "no kernel"}, "cases": {}}, {}) == ["agreement: no kernel"]
+
+
+def test_a_part_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert attempted(lambda: {"seconds": 1 / 0}) == {"error": "ZeroDivisionError: division by zero"}
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shape", "recomputes"), [("0.6B", False), ("4B", True)])
+def test_every_case_has_a_plan_that_fits_an_h200(shape: str, recomputes: bool) -> None:
+    model, room = sizes(SHAPES[shape].config()), 139 * GIB
+    for name, case in CASES.items():
+        chosen = must_recompute(case, model, "cuda", BUDGET, room)
+        assert chosen == (recomputes and case.kind != "rollouts"), name
+        assert predicted(case, model, "cuda", BUDGET, chosen, room).total < 0.9 * room, name
+    assert not must_recompute(CASES["sft-2k"], model, "cpu", BUDGET, None)
