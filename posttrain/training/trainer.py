@@ -14,7 +14,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 
 from posttrain.data.batches import micro_batches, share_of
@@ -99,6 +98,7 @@ class Trainer(Generic[Row]):
     ) -> None:
         _check_warmup(settings, total_steps)
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if bf16 else "no")
+        self.bf16 = _in_bf16(self.accelerator)
         self.settings, self.total_steps, self.micro_batch_tokens = settings, total_steps, micro_batch_tokens
         self.together = self.accelerator.num_processes if splits_layers(self.accelerator) else 1
         """Number of processes that split each layer, and so train on the same rows."""
@@ -138,7 +138,8 @@ class Trainer(Generic[Row]):
             NumericalError: a metric exceeded its limit; the weights are unchanged.
         """
         # gradients also flow in evaluation mode, where neither dropout nor router noise changes a log-probability
-        self.model.eval()
+        if any(module.training for module in self.model.modules()):
+            self.model.eval()
         for layer in self.recomputed:
             layer.training = True
         counts = objective.counts(rows)
@@ -159,8 +160,8 @@ class Trainer(Generic[Row]):
                 # a process without rows still takes part in collective operations, with weight 0
                 part = [own[i] for i in group] or [rows[0]]
                 # without autocast's cache: under FSDP2 it would keep a copy of all gathered weights until the end of the forward pass
-                autocast = self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded))
-                with sharing(self.context), autocast:
+                kind, cached = self.accelerator.device.type, not self.sharded
+                with sharing(self.context), torch.autocast(kind, torch.bfloat16, self.bf16, cached):
                     terms = objective.terms(self.model, part)
                 weight = 1.0 / together if group else 0.0
                 loss = sums.add(terms, weight)
@@ -194,9 +195,10 @@ class Trainer(Generic[Row]):
                 raise NotFiniteError(f"the gradient norm of update {self.updates + 1} is {norm}; {self._advice()}")
             metrics["grad_norm" if group is self.groups[0] else f"{group.name}/grad_norm"] = norm
         with stepping(_inner(self.optimizer), self.accelerator.device):
-            self.optimizer.step()
+            # accelerate's own step would look for a package on the disk each time
+            _inner(self.optimizer).step()
         self.schedule.step()
-        self.optimizer.zero_grad()
+        _inner(self.optimizer).zero_grad()
         self.updates += 1
         return metrics
 
@@ -294,6 +296,16 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def _frozen(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _in_bf16(accelerator: Accelerator) -> bool:
+    """Return True for bfloat16, False for float32. Raises ConfigError for a precision whose gradients have to be scaled."""
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ConfigError(
+            f"the Accelerator has mixed_precision = {accelerator.mixed_precision!r}, whose gradients have to be scaled, which the"
+            " trainer does not do; use 'bf16' or 'no'"
+        )
+    return accelerator.mixed_precision == "bf16"
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -231,3 +231,16 @@ def test_autocast_keeps_no_copies_of_weights_that_are_gathered(sharded: bool) ->
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert seen == [(True, not sharded)] * 2
+
+
+def test_a_precision_whose_gradients_have_to_be_scaled_is_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    before = accelerator.state._mixed_precision
+    accelerator.state._mixed_precision = "fp16"
+    try:
+        with pytest.raises(ConfigError, match=r"mixed_precision = 'fp16'.*use 'bf16' or 'no'"):
+            Trainer(
+                nn.Linear(2, 1), OptimizerSettings(0.1), total_steps=1, micro_batch_tokens=1, accelerator=accelerator
+            )
+    finally:
+        accelerator.state._mixed_precision = before
