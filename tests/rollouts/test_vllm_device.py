@@ -240,3 +240,15 @@ def test_a_worker_that_dies_is_noticed(workers: Workers) -> None:
         sender.send(URL, sources, lambda: groups, lambda announced: workers.call("posttrain_load", sources=announced))
     assert not sender.groups
     published.close()
+
+
+def test_a_lost_worker_does_not_end_its_trainer_by_nccls_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's constructor reads these variables in a process with GPUs, which is not here."""
+    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+    for name, value in zip(names, ("1", None, "1"), strict=True):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with gpu.quiet_watchdog():
+        assert [os.environ.get(name) for name in names] == ["0", "0", "0"]
+    assert [os.environ.get(name) for name in names] == ["1", None, "1"]

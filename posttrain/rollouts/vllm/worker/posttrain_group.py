@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -200,15 +201,27 @@ def _gloo(store: distributed.Store, rank: int, size: int, host: str) -> Any:
 def _nccl(store: distributed.Store, rank: int, size: int, host: str) -> Any:
     kind: Any = distributed.ProcessGroupNCCL
     options = kind.Options()
-    options._timeout = timedelta(seconds=PAUSE_SECONDS)
-    # by default NCCL's watchdog ends this process if a different one is lost; the value is read by the constructor
-    name, value = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
+    # `broadcast` gives up earlier
+    options._timeout = timedelta(seconds=2 * PAUSE_SECONDS)
+    with quiet_watchdog():
         return kind(store, rank, size, options)
+
+
+@contextmanager
+def quiet_watchdog() -> Iterator[None]:
+    """Create groups of NCCL inside the block that leave this process alive if a different one is lost, or is late.
+
+    By default NCCL's watchdog ends the process, and so does the thread that monitors it after it has written a report. The variables are
+    read by the group's constructor.
+    """
+    names = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING", "TORCH_NCCL_DUMP_ON_TIMEOUT"
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "0"))
+    try:
+        yield
     finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def buckets(layout: Layout, limit: int) -> list[Layout]:
