@@ -168,7 +168,10 @@ def _padded(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> tuple[np.
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     real = np.arange(width) < lengths[:, None]
     padded = np.zeros(real.shape, dtype=np.int64)
-    padded[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
+    if all(isinstance(row, np.ndarray) for row in rows):
+        padded[real] = np.concatenate(rows)
+    else:
+        padded[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
     return padded, real
 
 

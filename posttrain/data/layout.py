@@ -22,7 +22,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from posttrain.data.offsets import ByOffsets, Segment, by_offsets
+from posttrain.data.offsets import ByOffsets, Segment, by_offsets, indices_of
 from posttrain.data.transfer import together
 
 
@@ -145,7 +145,7 @@ def predicting(families: Sequence[Family], offsets: bool = False) -> Reads:
             segments.append(Segment(range(0), prompt, last))
             segments += [Segment(prompt, response[:-1]) for response in family.responses]
     parts = [part for f in families if any(f.responses) for part in (f.prompt[-1:], *(r[:-1] for r in f.responses))]
-    return Reads(torch.tensor([*chain(*parts)], dtype=torch.long), _laid_out(segments, offsets))
+    return Reads(indices_of(parts), _laid_out(segments, offsets))
 
 
 def ending(families: Sequence[Family], offsets: bool = False) -> Reads:

@@ -15,7 +15,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby, islice
 from typing import Any
@@ -69,15 +69,16 @@ class Offsets:
     longest_key: int
 
     @staticmethod
-    def of(queries: Sequence[Sequence[int]], keys: Sequence[Sequence[int]]) -> Offsets:
-        """Return the call for segments that are given as indices."""
+    def of(queries: Sequence[Sequence[range]], keys: Sequence[Sequence[range]]) -> Offsets:
+        """Return the call for segments, each of which is given as runs of consecutive indices."""
+        lengths, key_lengths = ([sum(map(len, runs)) for runs in segments] for segments in (queries, keys))
         return Offsets(
-            torch.tensor([*chain(*queries)], dtype=torch.long),
-            torch.tensor([*chain(*keys)], dtype=torch.long),
-            torch.tensor([*accumulate(map(len, queries), initial=0)], dtype=torch.int32),
-            torch.tensor([*accumulate(map(len, keys), initial=0)], dtype=torch.int32),
-            max(map(len, queries)),
-            max(map(len, keys)),
+            indices_of(chain(*queries)),
+            indices_of(chain(*keys)),
+            torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32),
+            torch.tensor([*accumulate(key_lengths, initial=0)], dtype=torch.int32),
+            max(lengths),
+            max(key_lengths),
         )
 
     def tensors(self) -> list[Tensor]:
@@ -136,6 +137,17 @@ class ByOffsets:
         return self.windows[window]
 
 
+def indices_of(runs: Iterable[range]) -> Tensor:
+    """Return the indices in consecutive runs, int64; a list of them would take a Python object for each.
+
+    Example:
+        >>> indices_of([range(2, 4), range(7, 8)]).tolist()
+        [2, 3, 7]
+    """
+    found = [torch.arange(run.start, run.stop) for run in runs]
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+
+
 def takes_offsets(device: torch.device) -> bool:
     """Return True if attention on the device is computed by offsets, in the dtype that autocast sets now."""
     kind = device.type
@@ -146,7 +158,7 @@ def takes_offsets(device: torch.device) -> bool:
 def by_offsets(segments: Sequence[Segment]) -> ByOffsets:
     """Return the layout of the segments, in the order of their tokens."""
     ordered = sorted((s for s in segments if s.queries), key=lambda s: (s.own.start, s.own.stop))
-    own = Offsets.of([s.queries for s in ordered], [s.own for s in ordered])
+    own = Offsets.of([[s.queries] for s in ordered], [[s.own] for s in ordered])
     starts = list(accumulate((len(s.queries) for s in ordered), initial=0))
     placed = [
         (segment.seen, range(start, stop))
@@ -154,8 +166,8 @@ def by_offsets(segments: Sequence[Segment]) -> ByOffsets:
         if segment.seen
     ]
     # the responses of a prompt follow each other, so they are one segment of queries over its keys
-    families = [(seen, [*chain(*(r for _, r in group))]) for seen, group in groupby(placed, key=lambda pair: pair[0])]
-    shared = Offsets.of([queries for _, queries in families], [seen for seen, _ in families]) if families else None
+    families = [(seen, [r for _, r in group]) for seen, group in groupby(placed, key=lambda pair: pair[0])]
+    shared = Offsets.of([queries for _, queries in families], [[seen] for seen, _ in families]) if families else None
     return ByOffsets(own, shared, _in_order(own), tuple(ordered))
 
 
@@ -167,9 +179,9 @@ def _by_window(segments: Sequence[Segment], window: int) -> ByOffsets:
     """
     keys = []
     for segment in segments:
-        row = [*segment.seen, *segment.own]
-        keys.append(row[max(0, len(segment.seen) + segment.first + 1 - window) :])
-    own = Offsets.of([segment.queries for segment in segments], keys)
+        unseen = max(0, len(segment.seen) + segment.first + 1 - window)
+        keys.append([segment.seen[unseen:], segment.own[max(0, unseen - len(segment.seen)) :]])
+    own = Offsets.of([[segment.queries] for segment in segments], keys)
     return ByOffsets(own, None, _in_order(own), tuple(segments), window)
 
 
