@@ -23,27 +23,32 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare GPU box has no installed package
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from benchmarks.gpu_cases import BUDGET, CASES, SHAPES, TINY, Case, Shape, groups_of, measured, tiny
+from benchmarks.gpu_cases import BUDGET, CASES, NO_EOS, SHAPES, TINY, Case, Group, Shape, groups_of, measured, tiny
 from benchmarks.gpu_curve import KINDS, determinism
 from benchmarks.gpu_transfer import table, transfers
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
+from posttrain.models.inference import token_logprobs
 from posttrain.models.kernels import set_kernels
 from posttrain.models.packed import REFUSED
 from posttrain.models.policy import Policy
 from posttrain.planning import sizes
+from posttrain.rollouts.decoder import Decoder
+from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.native import NativeEngine
 from posttrain.settings import OptimizerSettings
 from posttrain.text import reason_of
 from posttrain.training.supervised import Example, SupervisedObjective
@@ -55,8 +60,10 @@ KEPT = Path(__file__).with_name("gpu")
 """Folder with the numbers of each GPU that was measured."""
 SLOWER, UNPLANNED = 0.05, 0.10
 """Shares by which a number may be worse than the kept one, and by which a peak may differ from the plan."""
-FARTHEST = {"float32": 1e-3, "bfloat16": 0.2}
-"""Largest differences of a log-probability from the CPU's in float32, by precision."""
+FARTHEST = {"float32": 1e-3, "bfloat16": 0.2, "sampling": 1e-3}
+"""Largest differences of a log-probability from the CPU's in float32, by precision, and of sampling from training."""
+SAMPLED = 40
+"""Tokens of an answer in the comparison of sampling with training."""
 CURVES, TRANSFERS = "curves", "transfers"
 """Names that select deterministic mode, and weights' ways to a process that samples, next to the cases."""
 OTHERS = (CURVES, TRANSFERS)
@@ -145,14 +152,14 @@ def attempted(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": reason_of(error)}
 
 
-def agreement(device: torch.device, shape: Shape, small: bool) -> dict[str, dict[str, float]]:
-    """Compare loss, gradient norm and log-probabilities of one SFT step on the device with those of the CPU in float32."""
+def agreement(device: torch.device, shape: Shape, small: bool) -> dict[str, dict[str, Any]]:
+    """Compare one SFT step on the device, with prompts that answers share, with the CPU in float32, and sampling with training."""
     config = replace(shape, layers=2, vocabulary=min(shape.vocabulary, 8000)).config()
     start = Qwen3ForCausalLM(config).eval()
-    case = Case("sft", 4, 8, 40 if small else 120)
-    rows = [Tokens(prompt, answer) for prompt, (answer,) in groups_of(case, config.vocab_size)]
+    groups = groups_of(Case("sft", 4, 8, 40 if small else 120, answers=2), config.vocab_size)
+    rows = [Tokens(prompt, answer) for prompt, answers in groups for answer in answers]
     loss, norm, reference = one_step(copy.deepcopy(start), torch.device("cpu"), rows, bf16=False)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for bf16 in (False, True):
         own_loss, own_norm, logprobs = one_step(copy.deepcopy(start), device, rows, bf16)
         found["bfloat16" if bf16 else "float32"] = {
@@ -160,7 +167,21 @@ def agreement(device: torch.device, shape: Shape, small: bool) -> dict[str, dict
             "loss": abs(own_loss - loss) / abs(loss),
             "grad_norm": abs(own_norm - norm) / norm,
         }
+    found["sampling"] = sampled(start.to(device), groups)
     return found
+
+
+def sampled(lm: PreTrainedModel, groups: Sequence[Group]) -> dict[str, Any]:
+    """Return how far log-probabilities of sampled tokens are from training's, in float32, and why steps are not recorded, if so."""
+    engine = NativeEngine(lm, NO_EOS)
+    requests = [Request(prompt, seeds=((i, 0), (i, 1))) for i, (prompt, _) in enumerate(groups)]
+    answers = engine.sample(requests, SamplingSettings(SAMPLED, 1.0))
+    pairs = [(r.prompt, answer) for r, found in zip(requests, answers, strict=True) for answer in found]
+    trained = token_logprobs(Policy(lm), [Tokens(prompt, answer.tokens) for prompt, answer in pairs], BUDGET)
+    own = np.concatenate([answer.logprobs for _, answer in pairs])
+    assert isinstance(engine.decoder, Decoder), engine.decoder
+    gap = np.abs(own - np.concatenate([each.logprobs for each in trained])).max()
+    return {"logprob": float(gap), "refused": engine.decoder.runner.refusal}
 
 
 def one_step(
@@ -185,10 +206,11 @@ def alarms(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
     whole |= {f"deterministic {kind}": curve for kind, curve in curves.items()}
     raised = [f"{name}: {part['error']}" for name, part in whole.items() if "error" in part]
     raised += [
-        f"{precision}: a log-probability differs from the CPU's by {agreed[precision]['logprob']:.2g}"
+        f"{precision}: a log-probability differs by {agreed[precision]['logprob']:.2g}"
         for precision, farthest in FARTHEST.items()
         if not agreed.get(precision, {"logprob": 0.0})["logprob"] <= farthest
     ]
+    raised += [f"sampling: {reason}" for reason in [agreed.get("sampling", {}).get("refused")] if reason]
     for name, case in found["cases"].items():
         raised += case_alarms(name, case, kept.get("cases", {}).get(name, {}))
     return raised + [
@@ -224,6 +246,9 @@ def tables(found: Mapping[str, Any]) -> str:
     for precision, far in found["agreement"].items():
         if precision == "error":
             lines.append(f"| {far} | | | |")
+            continue
+        if precision == "sampling":
+            lines.append(f"| float32, sampling from training | {far['logprob']:.2g} | | |")
             continue
         lines.append(f"| {precision} | {far['logprob']:.2g} | {far['loss']:.2g} | {far['grad_norm']:.2g} |")
     lines += [

@@ -32,6 +32,7 @@ def test_the_tiny_run_measures_everything_and_agrees(root: Path, tmp_path: Path)
     assert found["agreement"]["float32"]["logprob"] < 1e-4
     assert 0 < found["agreement"]["bfloat16"]["logprob"] < 0.2
     assert found["agreement"]["bfloat16"]["loss"] < 1e-2
+    assert found["agreement"]["sampling"]["logprob"] < 1e-4
     assert found["cases"].keys() == {f"tiny/{name}" for name in CASES}
     for name, case in found["cases"].items():
         assert case["tokens_per_second"] > 0, name
@@ -77,21 +78,22 @@ def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_th
         "cpu": case(1, None),
         "full": {"error": "…"},
     }
-    agreement = {"float32": {"logprob": 1e-5}, "bfloat16": {"logprob": 0.03}}
+    agreement: dict[str, Any] = {"float32": {"logprob": 1e-5}, "bfloat16": {"logprob": 0.03}}
+    agreement["sampling"] = {"logprob": 1e-6, "refused": ""}
     weights = {"ipc": {"gap": 0.0}, "nccl": {"skipped": "one GPU"}}
     good = {"agreement": agreement, "cases": fine, "deterministic": {"sft": curve}, "transfers": weights}
     assert alarms(good, kept) == []
     refused = f"masks, because FlashAttention {REFUSED} (an old GPU)"
     worse = {"a": case(94.9, 10.6) | {"attention": refused}, "b": case(100, 8.9), "new": {"error": "out of memory"}}
     differs = {"grpo": curve | {"same_after_kill": False}, "sft": {"error": "no disk"}}
-    far = {
-        "agreement": agreement | {"float32": {"logprob": float("nan")}},
-        "transfers": {"ipc": {"error": "no handle"}},
-    }
+    wrong = {"float32": {"logprob": float("nan")}, "sampling": {"logprob": 0.1, "refused": "a kernel waits"}}
+    far = {"agreement": agreement | wrong, "transfers": {"ipc": {"error": "no handle"}}}
     assert alarms(far | {"cases": worse, "deterministic": differs}, kept) == [
         "weights by ipc: no handle",
         "deterministic sft: no disk",
-        "float32: a log-probability differs from the CPU's by nan",
+        "float32: a log-probability differs by nan",
+        "sampling: a log-probability differs by 0.1",
+        "sampling: a kernel waits",
         f"a: {refused}",
         "a: 95 tokens/s, and 100 are kept",
         "a: a peak of 10.60 GiB, and 10.00 are kept",
