@@ -230,14 +230,14 @@ def training(
         processes: number of processes that share weights, gradients and moments (FSDP2).
         context: number of processes that share the tokens of each row.
     """
-    from posttrain.models.logprobs import tile_limits
+    from posttrain.models.logprobs import tile_elements
 
     own = model.parameters if adapter is None else adapter
     share = AUTOCAST_SHARE if bf16 else 1.0
     # all tokens' last hidden states and their gradient are gathered by each process
     gathered = 2 * FLOAT32_BYTES * micro_batch_tokens * model.hidden * trained if context > 1 else 0
     own_tokens = math.ceil(micro_batch_tokens / context)
-    tile = 0 if model.scores else min(tile_limits(device)[0], own_tokens * model.vocabulary)
+    tile = 0 if model.scores else min(tile_elements(device), own_tokens * model.vocabulary)
     whole = model.fused_per_token if model.fused and device == "cpu" and not bf16 else model.activations_per_token
     per_token = model.recomputed_per_token if recomputes else whole
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile

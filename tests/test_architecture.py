@@ -41,6 +41,8 @@ EXTRAS = {
     # a neighbour, in vLLM's environment
     "posttrain_group": ["posttrain/rollouts/vllm/worker/posttrain_receiver.py"],
     "scipy": ["posttrain/evaluation/crossed.py", "posttrain/evaluation/drift.py", "posttrain/evaluation/runs.py"],
+    # it comes with PyTorch for CUDA
+    "triton": ["posttrain/models/head_kernels.py"],
     "websockets": ["posttrain/environments/openenv.py"],
 }
 """Packages that the library imports only on demand, and the only files that may import them."""

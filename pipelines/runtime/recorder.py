@@ -62,9 +62,9 @@ class RunRecorder:
             {"kind": "ready", "time": time.time()} | ({"device": device} if device else {}) | _energy()
         )
 
-    def kernels(self, attention: str) -> None:
-        """Note which attention the run computes with; it depends on the device, so it is no part of the result."""
-        self._measurements.append({"kind": "kernels", "time": time.time(), "attention": attention})
+    def kernels(self, attention: str, head: str) -> None:
+        """Note which attention and head the run computes with; they depend on the device, so they are no part of the result."""
+        self._measurements.append({"kind": "kernels", "time": time.time(), "attention": attention, "head": head})
 
     def judged(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Note tokens that a judge's server counted for this run since the last call. They are paid, so a resumed run keeps them."""

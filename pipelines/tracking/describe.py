@@ -101,7 +101,7 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         "posttrain.flow_run": surroundings.get("flow_run"),
         "device": source.device(),
         **_price(source, project),
-        "attention": source.attention(),
+        **source.kernels(),
         TIMINGS_TAG: ",".join(sorted({entity_name(name) for name, _ in source.timings})) or None,
         "mlflow.loggedArtifacts": _tables(source),
         REASON_TAG: next((record.get("reason") for record in source.of("end")), None),

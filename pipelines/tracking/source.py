@@ -146,9 +146,10 @@ class RecordedRun:
         """Return the device that the run computed on, e.g. `cuda: NVIDIA H200`; None if it is not known."""
         return next((r["device"] for r in reversed(self.measurements) if r["kind"] == "ready" and "device" in r), None)
 
-    def attention(self) -> str | None:
-        """Return the name of the attention that the run computed with; None if it is not known."""
-        return next((r["attention"] for r in reversed(self.measurements) if r["kind"] == "kernels"), None)
+    def kernels(self) -> dict[str, str | None]:
+        """Return the names of the attention and the head that the run computed with; None if one is not known."""
+        found: Record = next((r for r in reversed(self.measurements) if r["kind"] == "kernels"), {})
+        return {name: found.get(name) for name in ("attention", "head")}
 
     def started(self) -> int | None:
         """Return the start time in milliseconds since the epoch, or None."""

@@ -275,6 +275,7 @@ def train(
 ) -> dict[str, float]:
     """Train to the end and return the latest value of every metric; with --replay, repeat a saved update and exit."""
     from posttrain.models.packed import attention_name
+    from posttrain.models.policy import head_name
     from posttrain.training.checkpoint import Checkpoints
     from posttrain.training.faults import Faults, repeat
     from posttrain.training.loop import LoopSettings, fit
@@ -284,10 +285,11 @@ def train(
         print(repeat(trainer, source, objective, context.args.replay))
         sys.exit(0)
     with trainer.accelerator.autocast():
-        attention = attention_name(trainer.unwrapped, trainer.accelerator.device)
-    run.recorder.kernels(attention)
+        attention, head = (find(trainer.unwrapped, trainer.accelerator.device) for find in (attention_name, head_name))
+    run.recorder.kernels(attention, head)
     if trainer.accelerator.device.type != "cpu":
         announce(context, f"attention: {attention}")
+        announce(context, f"head: {head}")
     checkpoint, at_most = params.checkpoint, params.faults.skip_at_most
     settings = LoopSettings(context.name, steps, tuple(shown), checkpoint.every_steps, checkpoint.every_minutes)
     kept = Checkpoints(context.state / FAULTS, at_most + 1, "fault", context.records)

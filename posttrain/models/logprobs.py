@@ -2,7 +2,8 @@
 
 The softmax is computed online over tiles of tokens x vocabulary that stay in the processor's cache. This is the scheme of Cut
 Cross-Entropy (2411.09009), which keeps the tiles in GPU shared memory. The backward pass computes each tile again from the saved
-normaliser log sum exp, so that each part of the head's gradient is written once.
+normaliser log sum exp, so that each part of the head's gradient is written once. On a GPU a trial chooses what computes a tile
+(posttrain/models/head_trial.py): single operators, or kernels that read it once.
 
 A small vocabulary fits into one tile of words on a CPU. Then there is no running softmax, and the probabilities are kept for the backward
 pass if they are few.
@@ -18,6 +19,7 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,17 +27,37 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from posttrain.models.head_tiles import RowGradients, Sums, TileWork, add_product, tempered
+from posttrain.models.head_trial import tile_work
+
 TILE_ELEMENTS, TILE_WORDS = 2**21, 4096
 """Most logits of a tile on a CPU (8 MiB of float32), and most words of the vocabulary in a tile, which stays in cache."""
 ROW_ELEMENTS, KEPT_ELEMENTS = 2**18, 2**22
 """Most logits of a tile with all words of a small vocabulary on a CPU (1 MiB), and most probabilities kept (16 MiB)."""
-DEVICE_TILE_ELEMENTS = 2**27
-"""Most logits of a tile on a GPU (512 MiB of float32). Each tile starts about 25 kernels, so tiles are as large as memory allows."""
+DEVICE_TILE_ELEMENTS, DEVICE_TILE_WORDS = 2**27, 2**14
+"""Most logits of a tile on a GPU (512 MiB of float32), and its words if there are as many tokens as the rest allows.
+
+Single operators start about 25 kernels a tile, so tiles are as large as memory allows. Neither side is short, because a tile adds to the
+gradients of all its words and of all its tokens, in float32."""
 
 
-def tile_limits(kind: str) -> tuple[int, int]:
-    """Return the most logits and the most words of a tile on a kind of device: `cpu`, `cuda`."""
-    return (TILE_ELEMENTS, TILE_WORDS) if kind == "cpu" else (DEVICE_TILE_ELEMENTS, DEVICE_TILE_ELEMENTS)
+def tile_elements(kind: str) -> int:
+    """Return the most logits of a tile on a kind of device: `cpu`, `cuda`."""
+    return TILE_ELEMENTS if kind == "cpu" else DEVICE_TILE_ELEMENTS
+
+
+def tile_words(kind: str, tokens: int, vocabulary: int) -> int:
+    """Return the words of a tile, given all tokens.
+
+    Example:
+        8,192 tokens of a GPU take all of a tile's rows; fewer leave room for more words:
+
+        >>> tile_words("cuda", 8192, 151_936), tile_words("cuda", 2048, 151_936), tile_words("cpu", 2048, 151_936)
+        (16384, 65536, 4096)
+    """
+    if kind == "cpu":
+        return min(vocabulary, TILE_WORDS)
+    return min(vocabulary, max(DEVICE_TILE_WORDS, DEVICE_TILE_ELEMENTS // max(1, tokens)))
 
 
 def selected_logprobs(
@@ -53,10 +75,18 @@ def selected_logprobs(
         temperature: one number, or [tokens].
     """
     kind = hidden.device.type
-    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    function = _OfWholeRows if kind == "cpu" and len(weight) <= TILE_WORDS else _SelectedLogprobs
-    logprobs, entropy = function.apply(hidden, weight, bias, targets, temperature, product)
+    product = product_dtype(kind, weight)
+    if kind == "cpu" and len(weight) <= TILE_WORDS:
+        logprobs, entropy = _OfWholeRows.apply(hidden, weight, bias, targets, temperature, product)
+    else:
+        work = tile_work(hidden, weight, product)
+        logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, bias, targets, temperature, product, work)
     return logprobs, entropy
+
+
+def product_dtype(kind: str, weight: Tensor) -> torch.dtype:
+    """Return the dtype of the head's product on a kind of device: autocast's, or that of the head's matrix."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class _OfWholeRows(torch.autograd.Function):
@@ -123,6 +153,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         targets: Tensor,
         temperature: float | Tensor,
         product: torch.dtype,
+        work: TileWork,
     ) -> tuple[Tensor, Tensor]:
         head = _Head(hidden, weight, bias, temperature, product)
         logprobs, entropy, normaliser = (
@@ -130,26 +161,13 @@ class _SelectedLogprobs(torch.autograd.Function):
         )
         # rows outside, words inside: the running softmax of a row needs all of the vocabulary before it is complete
         for rows in head.rows:
-            # all four are [tokens of the tile]: the target's logit, the running maximum m, sum of e^(z-m), sum of z e^(z-m)
-            selected, greatest = (hidden.new_zeros(targets[rows].shape, dtype=head.wide) for _ in range(2))
-            greatest -= torch.inf
-            total, weighted = torch.zeros_like(selected), torch.zeros_like(selected)
+            sums = Sums.start(len(targets[rows]), normaliser)
             for words in head.words:
-                logits = head.logits(rows, words)
-                # `column` is clamped for targets outside this tile, so `where` must discard what they gather
-                inside, column = _within(targets[rows], words)
-                selected = torch.where(inside, logits.gather(-1, column)[:, 0], selected)
-                before, greatest = greatest, torch.maximum(greatest, logits.amax(-1))
-                # when the maximum rises, both sums are scaled down to it (online softmax, 1805.02867)
-                rescale, exponentials = (before - greatest).exp(), (logits - greatest[:, None]).exp_()
-                total = total * rescale + exponentials.sum(-1)
-                weighted = weighted * rescale + torch.linalg.vecdot(exponentials, logits)
-            # H = log Z - E[z], which follows from -sum p log p with log p = z - log Z
-            normaliser[rows] = greatest + total.log()
-            logprobs[rows] = selected - normaliser[rows]
-            entropy[rows] = normaliser[rows] - weighted / total
+                work.scan(head.product_of(rows, words), targets[rows] - words.start, head.temperature_of(rows), sums)
+            normaliser[rows], entropy[rows] = sums.normaliser(), sums.entropy()
+            logprobs[rows] = sums.selected - normaliser[rows]
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
-        ctx.temperature, ctx.product = temperature, product
+        ctx.temperature, ctx.product, ctx.work = temperature, product, work
         # an output that no loss uses has gradient None, so an entropy that is only reported costs nothing
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -159,23 +177,17 @@ class _SelectedLogprobs(torch.autograd.Function):
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
-        head = _Head(hidden, weight, bias, ctx.temperature, ctx.product)
-        gradients = _HeadGradients(ctx, head, hidden, weight, bias)
-        scale, bonus = _scales(grad_logprobs, grad_entropy, ctx.temperature, entropy)
+        work, head = ctx.work, _Head(hidden, weight, bias, ctx.temperature, ctx.product)
+        gradients = _HeadGradients(ctx, head, hidden, weight, bias, work.add_product)
+        of_rows = RowGradients(normaliser, entropy, *_scales(grad_logprobs, grad_entropy, ctx.temperature, entropy))
         # words outside, rows inside: a slice of the head's gradient stays in cache until all rows have been added to it
         for words in head.words:
             for rows in head.rows:
-                # [tokens, words]: -scale * p, and below + scale at the target, so scale * (onehot - p)
-                grad_logits = head.logits(rows, words).sub_(normaliser[rows, None])
-                if bonus is None:
-                    grad_logits.exp_().mul_(-scale[rows, None])
-                else:
-                    factor = scale[rows, None] + bonus[rows, None] * (grad_logits + entropy[rows, None])
-                    grad_logits.exp_().mul_(-factor)
-                inside, column = _within(targets[rows], words)
-                grad_logits.scatter_add_(-1, column, (scale[rows] * inside)[:, None])
-                gradients.add(grad_logits, rows, words)
-        return gradients.of_inputs()
+                tile, columns = head.product_of(rows, words), targets[rows] - words.start
+                gradients.add(
+                    work.differentiate(tile, columns, head.temperature_of(rows), of_rows.at(rows)), rows, words
+                )
+        return *gradients.of_inputs(), None
 
 
 def _scales(
@@ -189,7 +201,16 @@ def _scales(
 class _HeadGradients:
     """The gradients of the head's input, matrix and bias, summed over tiles."""
 
-    def __init__(self, ctx: Any, head: _Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        ctx: Any,
+        head: _Head,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        add_product: Callable[[Tensor, Tensor, Tensor], None] = add_product,
+    ) -> None:
+        self.add_product = add_product
         self.head, self.dtypes = head, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         self.hidden = torch.zeros_like(hidden, dtype=head.wide)
         self.weight = torch.zeros_like(weight, dtype=head.wide) if ctx.needs_input_grad[1] else None
@@ -199,12 +220,12 @@ class _HeadGradients:
         """Add the gradients of one tile of logits [tokens, words]."""
         head = self.head
         if self.bias is not None:
-            self.bias[words] += grad_logits.sum(0)
-        # the bias is summed in float32 before the products round to autocast's dtype
+            self.bias[words] += grad_logits.sum(0, dtype=head.wide)
+        # single operators return float32, so the bias is summed before the products round to autocast's dtype
         narrow = grad_logits.to(head.product)
-        _add_product(self.hidden[rows], narrow, head.weight[words])
+        self.add_product(self.hidden[rows], narrow, head.weight[words])
         if self.weight is not None:
-            _add_product(self.weight[words], narrow.T, head.hidden[rows])
+            self.add_product(self.weight[words], narrow.T, head.hidden[rows])
 
     def of_inputs(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of all inputs, in the dtypes of the inputs."""
@@ -213,21 +234,8 @@ class _HeadGradients:
         return *cast, None, None, None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
 def _slices(length: int, most: int) -> list[slice]:
     return [slice(i, min(i + most, length)) for i in range(0, length, most)]
-
-
-def _within(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Return which targets are among these words, [tokens] bool, and the column of the tile to read, [tokens, 1]."""
-    inside = (targets >= words.start) & (targets < words.stop)
-    return inside, (targets - words.start).clamp(0, words.stop - words.start - 1)[:, None]
 
 
 class _Head:
@@ -247,15 +255,20 @@ class _Head:
         self.bias = None if bias is None else bias.to(product)
         self.temperature = temperature
         self.wide = torch.promote_types(product, torch.float32)
-        elements, words = tile_limits(hidden.device.type)
-        most_words = min(len(weight), words)
-        most_rows = max(1, (most_elements or elements) // most_words)
-        self.words, self.rows = _slices(len(weight), most_words), _slices(len(hidden), most_rows)
+        kind, tokens = hidden.device.type, len(hidden)
+        words = tile_words(kind, tokens, len(weight))
+        most_rows = max(1, (most_elements or tile_elements(kind)) // words)
+        self.words, self.rows = _slices(len(weight), words), _slices(tokens, most_rows)
+
+    def product_of(self, rows: slice, words: slice) -> Tensor:
+        """Return one tile of the product [tokens, words], in the product's dtype, before the temperature."""
+        bias = None if self.bias is None else self.bias[words]
+        return linear(self.hidden[rows], self.weight[words], bias)
+
+    def temperature_of(self, rows: slice) -> float | Tensor:
+        """Return the temperature of some rows: one number, or one for each."""
+        return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
 
     def logits(self, rows: slice, words: slice) -> Tensor:
         """Return one tile of logits [tokens, words], divided by the temperature."""
-        bias = None if self.bias is None else self.bias[words]
-        logits = linear(self.hidden[rows], self.weight[words], bias).to(self.wide)
-        if isinstance(self.temperature, Tensor):
-            return logits.div_(self.temperature[rows, None].to(self.wide))
-        return logits if self.temperature == 1 else logits.div_(self.temperature)
+        return tempered(self.product_of(rows, words), self.temperature_of(rows))

@@ -23,7 +23,8 @@ from posttrain.combinations import Setup, require
 from posttrain.data.batches import TokenBatch
 from posttrain.models.context import ContextGroup, active, joined_slices, own_indices
 from posttrain.models.deferred import is_deferred
-from posttrain.models.logprobs import selected_logprobs
+from posttrain.models.head_trial import choice
+from posttrain.models.logprobs import product_dtype, selected_logprobs
 from posttrain.models.packed import hidden_states, prepare
 from posttrain.models.routing import Replay, Routing, reading, routers_of
 from posttrain.models.shards import joined
@@ -108,6 +109,15 @@ class Policy(nn.Module):
         if group is not None and self.routers:
             require(Setup(group.size, context=group.size, experts=True))
         return group if len(batch.trained) else None
+
+
+def head_name(module: nn.Module, device: torch.device) -> str:
+    """Return the name of what computes a policy's head on the device, under autocast's dtype; empty for other modules."""
+    if not isinstance(module, Policy):
+        return ""
+    weight: Tensor = cast(nn.Linear, module.lm.get_output_embeddings()).weight
+    vocabulary, hidden = weight.shape
+    return choice(device, product_dtype(device.type, weight), hidden, vocabulary).name
 
 
 def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:

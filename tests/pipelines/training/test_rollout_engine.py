@@ -100,8 +100,9 @@ def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
     align(second, "grpo", 0, device, MODEL)
     steps = steps_of(second)
     assert list(steps) == [1, 2, 3]
-    kernels = [r["attention"] for r in read(second.context.state / "measurements.jsonl") if r["kind"] == "kernels"]
-    assert kernels == ["scaled dot-product attention with masks"] * 2
+    kernels = [r for r in read(second.context.state / "measurements.jsonl") if r["kind"] == "kernels"]
+    assert [r["attention"] for r in kernels] == ["scaled dot-product attention with masks"] * 2
+    assert [r["head"] for r in kernels] == ["single operators"] * 2
     assert all(values["mismatch/max"] < 1e-5 for values in steps.values())
     # exactly on-policy: the ratio is the trainer's own, whatever the sampler said
     assert all(values["ratio/min"] == values["ratio/max"] == 1.0 for values in steps.values())
