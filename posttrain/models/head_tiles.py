@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Sums(NamedTuple):
-    """What is known of the rows' softmax after some tiles of words: all [tokens], float32 or wider.
+    """Sums of the rows' softmax after some tiles of words: all [tokens], float32 or wider.
 
     Attributes:
         selected: the target's logit z; 0 before its tile.
@@ -53,7 +53,7 @@ class Sums(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What the gradient of a row's logits needs: all [tokens], float32 or wider.
+    """Values that the gradient of a row's logits needs: all [tokens], float32 or wider.
 
     Attributes:
         normaliser: log sum exp of the row's logits.

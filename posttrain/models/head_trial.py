@@ -1,4 +1,4 @@
-"""Choose what computes the head on a device by a trial on one tile, before its first use: the device's kernels or single operators.
+"""Choose the functions that compute the head on a device by a trial on one tile, before its first use: the device's kernels or single operators.
 
 Kernels are taken if their numbers are those of single operators and they take less time. The same is done for the product that adds a
 tile to the gradients. In deterministic mode the clock has no say: kernels are taken if their numbers are right.
@@ -204,7 +204,7 @@ class _Addition:
 
 
 def _beyond(name: str, found: Tensor, expected: Tensor, allowed: Tensor) -> str:
-    """Return a reason if a difference is more than what is allowed, or not a number."""
+    """Return a reason if a difference is more than allowed, or not a number."""
     away = (found - expected).abs()
     if bool((away <= allowed).all()):
         return ""

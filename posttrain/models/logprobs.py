@@ -2,7 +2,7 @@
 
 The softmax is computed online over tiles of tokens x vocabulary that stay in the processor's cache. This is the scheme of Cut
 Cross-Entropy (2411.09009), which keeps the tiles in GPU shared memory. The backward pass computes each tile again from the saved
-normaliser log sum exp, so that each part of the head's gradient is written once. On a GPU a trial chooses what computes a tile
+normaliser log sum exp, so that each part of the head's gradient is written once. On a GPU a trial chooses the functions for a tile
 (posttrain/models/head_trial.py): single operators, or kernels that read it once.
 
 A small vocabulary fits into one tile of words on a CPU. Then there is no running softmax, and the probabilities are kept for the backward

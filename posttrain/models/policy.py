@@ -112,7 +112,7 @@ class Policy(nn.Module):
 
 
 def head_name(module: nn.Module, device: torch.device) -> str:
-    """Return the name of what computes a policy's head on the device, under autocast's dtype; empty for other modules."""
+    """Return the name of the functions that compute a policy's head under autocast's dtype; empty for other modules."""
     if not isinstance(module, Policy):
         return ""
     weight: Tensor = cast(nn.Linear, module.lm.get_output_embeddings()).weight

@@ -1,4 +1,4 @@
-"""A trial chooses what computes the head on a device: its kernels if they are right and faster, else single operators."""
+"""A trial chooses the functions that compute the head on a device: its kernels if they are right and faster, else single operators."""
 
 from __future__ import annotations
 
