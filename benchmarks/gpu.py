@@ -1,4 +1,4 @@
-"""Measure a GPU: agreement with the CPU, throughput and memory of every kind of training, transfers of weights, and deterministic mode.
+"""Measure a GPU: agreement with the CPU, every kind of training, the head, transfers of weights, and deterministic mode.
 
     python benchmarks/gpu.py                      # all cases at the shapes of Qwen3 0.6 B and 4 B, random weights
     python benchmarks/gpu.py --shapes 0.6B --cases sft-2k,dpo-2k
@@ -38,6 +38,7 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from benchmarks.gpu_cases import BUDGET, CASES, NO_EOS, SHAPES, TINY, Case, Group, Shape, groups_of, measured, tiny
 from benchmarks.gpu_curve import KINDS, determinism
+from benchmarks.gpu_head import head_alarms, head_table, heads
 from benchmarks.gpu_transfer import table, transfers
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
@@ -64,9 +65,9 @@ FARTHEST = {"float32": 1e-3, "bfloat16": 0.2, "sampling": 1e-3}
 """Largest differences of a log-probability from the CPU's in float32, by precision, and of sampling from training."""
 SAMPLED = 40
 """Tokens of an answer in the comparison of sampling with training."""
-CURVES, TRANSFERS = "curves", "transfers"
-"""Names that select deterministic mode, and weights' ways to a process that samples, next to the cases."""
-OTHERS = (CURVES, TRANSFERS)
+CURVES, TRANSFERS, HEAD = "curves", "transfers", "head"
+"""Names that select deterministic mode, weights' ways to a process that samples, and the head, next to the cases."""
+OTHERS = (CURVES, TRANSFERS, HEAD)
 
 
 def main() -> int:
@@ -104,7 +105,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--cases",
         default="",
-        help=f"separated by commas, `{CURVES}` for deterministic mode, `{TRANSFERS}` for weights; default: all",
+        help=f"separated by commas, `{CURVES}` for deterministic mode, `{TRANSFERS}` for weights, `{HEAD}`; default: all",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of a case after the first")
     parser.add_argument("--out", type=Path, help="write the numbers to this file")
@@ -135,6 +136,9 @@ def measure(
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+    if HEAD in names:
+        found["head"] = heads(device, args.tiny, args.repeats, attempted)
+        save()
     if TRANSFERS in names:
         found["transfers"] = transfers(device, shapes[0], args.repeats, attempted)
         save()
@@ -213,6 +217,7 @@ def alarms(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
     raised += [f"sampling: {reason}" for reason in [agreed.get("sampling", {}).get("refused")] if reason]
     for name, case in found["cases"].items():
         raised += case_alarms(name, case, kept.get("cases", {}).get(name, {}))
+    raised += head_alarms(found.get("head", {}), kept.get("head", {}))
     return raised + [
         f"deterministic {kind}: same again {curve['same_again']}, after a kill {curve['same_after_kill']}"
         for kind, curve in curves.items()
@@ -271,6 +276,7 @@ def tables(found: Mapping[str, Any]) -> str:
             case["attention"],
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += head_table(found["head"]) if "head" in found else []
     lines += table(found["transfers"]) if "transfers" in found else []
     for kind, curve in found.get("deterministic", {}).items():
         if "error" in curve:

@@ -1,7 +1,8 @@
 """Choose the functions that compute the head on a device by a trial on one tile: kernels of the device, or single operators.
 
-The trial runs before the first use. Kernels are taken if their numbers are those of single operators and they take less time. The same is done for the product that adds a
-tile to the gradients. In deterministic mode the clock has no say: kernels are taken if their numbers are right.
+The trial runs before the first use. Kernels are taken if their numbers are those of single operators and they take less time. The same is
+done for the product that adds a tile to the gradients. In deterministic mode the clock has no say: kernels are taken if their numbers are
+right.
 
 A kernel that does not compile, such as for lack of a C compiler, costs speed and not the run.
 

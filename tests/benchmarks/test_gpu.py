@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.gpu import alarms, attempted
 from benchmarks.gpu_cases import BUDGET, CASES, GIB, SHAPES, Case, flop, groups_of, laid_out, must_recompute, predicted
+from benchmarks.gpu_head import head_alarms, head_table
 from posttrain.models.packed import REFUSED
 from posttrain.planning import Sizes, sizes
 
@@ -28,11 +29,15 @@ def measured(root: Path, folder: Path, *options: str) -> Any:
 
 
 def test_the_tiny_run_measures_everything_and_agrees(root: Path, tmp_path: Path) -> None:
-    found = measured(root, tmp_path, "--repeats", "1", "--cases", ",".join(CASES))
+    found = measured(root, tmp_path, "--repeats", "1", "--cases", ",".join([*CASES, "head"]))
     assert found["agreement"]["float32"]["logprob"] < 1e-4
     assert 0 < found["agreement"]["bfloat16"]["logprob"] < 0.2
     assert found["agreement"]["bfloat16"]["loss"] < 1e-2
     assert found["agreement"]["sampling"]["logprob"] < 1e-4
+    for way in ("chosen", "single operators"):
+        assert found["head"][way].items() >= {"name": "single operators", "peak_gib": None}.items()
+        assert found["head"][way]["ms"] > 0
+    assert found["head"]["Liger"] == {"skipped": "needs a GPU"}
     assert found["cases"].keys() == {f"tiny/{name}" for name in CASES}
     for name, case in found["cases"].items():
         assert case["tokens_per_second"] > 0, name
@@ -102,6 +107,24 @@ def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_th
         "deterministic grpo: same again True, after a kill False",
     ]
     assert alarms({"agreement": {"error": "no kernel"}, "cases": {}}, {}) == ["agreement: no kernel"]
+
+
+def test_alarms_of_the_head_are_a_refused_kernel_other_gradients_and_more_time() -> None:
+    def way(ms: float, of_hidden: float = 1.0, name: str = "kernels") -> dict[str, Any]:
+        return {"ms": ms, "tflops": 1.0, "peak_gib": 1.0, "name": name, "of_hidden": of_hidden, "of_weight": 1.0}
+
+    kept = {"chosen": way(50)}
+    assert head_alarms({"chosen": way(52), "single operators": way(50, 1.0009), "Liger": {"skipped": ""}}, kept) == []
+    refused = way(53, name=f"single operators (kernels {REFUSED}: no C compiler)")
+    assert head_alarms({"chosen": refused, "single operators": way(50, 1.002), "Liger": {"error": "old"}}, kept) == [
+        "head by Liger: old",
+        f"head: {refused['name']}",
+        "head: 53 ms, and 50 are kept",
+        "head: 53 ms as chosen, 50 by single operators",
+        "head: gradient norms of_hidden of 1 as chosen, 1.002 by single operators",
+    ]
+    assert len(head_table({"chosen": refused, "Liger": {"error": "old"}})) == 5
+    assert head_alarms({"chosen": {"error": "no memory"}}, kept) == ["head by chosen: no memory"]
 
 
 def test_a_part_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
