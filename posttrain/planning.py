@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.errors import ConfigError, ModelError
+from posttrain.planning_gpu import kept_bytes
 
 FLOAT32_BYTES = 4
 UNCOMPILED_STEP, UNCOMPILED_WIDE_STEP = 13.25, 6
@@ -28,7 +29,7 @@ and for embeddings and heads, whose moments stay in 32 bits."""
 MOMENT_BYTES = {32: 4, 8: 1 + 4 / 256}
 """Bytes of a number of a moment by its bits; in 8 bits, each block of 256 numbers has a float32 scale."""
 AUTOCAST_SHARE = 0.75
-"""Share of float32's activations that bfloat16 autocast stores: norms and residuals stay in float32."""
+"""Share of float32's activations that bfloat16 autocast stores on a CPU: norms and residuals stay in float32."""
 
 RUNTIME_PERCENT, SMALLEST_PERCENT = 5, 10
 """Parts of a device's memory: for the runtimes of two processes, and the least with which a vLLM server is started."""
@@ -54,6 +55,7 @@ class Sizes:
         tied: the head's matrix is that of the embeddings.
         fused: norms and rotations store less on a CPU in float32 (posttrain/models/fused.py).
         scores: the head is a single row, as of a reward model, so there are no logits.
+        head_norms: queries and keys are normalised, as in Qwen 3.
     """
 
     parameters: int
@@ -67,6 +69,7 @@ class Sizes:
     tied: bool = False
     fused: bool = False
     scores: bool = False
+    head_norms: bool = False
 
     def with_scalar_head(self) -> Sizes:
         """Return the sizes of a reward model with the same layers."""
@@ -149,6 +152,7 @@ def sizes(config: Any) -> Sizes:
         outside=sum(p.numel() for p in {*model.get_input_embeddings().parameters(), *_head(model)}),
         tied=any(p is other for p in _head(model) for other in model.get_input_embeddings().parameters()),
         fused=fuse(model) >= 3 * (_number(text, LAYER_NAMES) or 1),
+        head_norms=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
     )
 
 
@@ -241,6 +245,10 @@ def training(
     whole = model.fused_per_token if model.fused and device == "cpu" and not bf16 else model.activations_per_token
     per_token = model.recomputed_per_token if recomputes else whole
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile
+    if bf16 and device != "cpu":
+        # split weights are gathered in bfloat16, layer by layer
+        cast = model.parameters - model.outside - quantised if processes == 1 else 0
+        activations = trained * kept_bytes(model, own_tokens, recomputes, cast) + gathered
     return Memory(
         weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes, bf16),
         optimiser=math.ceil(
@@ -248,11 +256,11 @@ def training(
         ),
         activations=activations,
         logits=logits,
-        temporary=0 if adapter is not None else _temporary(model, activations, logits, device, moment_bits),
+        temporary=0 if adapter is not None else _temporary(model, activations, logits, device, moment_bits, bf16),
     )
 
 
-def _temporary(model: Sizes, activations: int, logits: int, device: str, moment_bits: int) -> int:
+def _temporary(model: Sizes, activations: int, logits: int, device: str, moment_bits: int, bf16: bool) -> int:
     """Return the bytes that the gradients of embedding and head need until they are added, or one weight's step if that is more.
 
     A tied matrix has two such gradients at the end of the backward pass. By then most activations are freed: a GPU's allocator uses their
@@ -265,7 +273,9 @@ def _temporary(model: Sizes, activations: int, logits: int, device: str, moment_
             return at_end
         largest = FLOAT32_BYTES * model.hidden * model.intermediate
         return max(at_end, math.ceil(UNCOMPILED_STEP * largest), UNCOMPILED_WIDE_STEP * matrix)
-    return max(matrix, at_end + activations // model.layers - activations - logits)
+    # a head's cast to bfloat16, and a tile's part of its gradient before it is added, are half of it each
+    at_start = (2 if bf16 and not model.scores else 1) * matrix
+    return max(at_start, at_end + activations // model.layers - activations - logits)
 
 
 def sampling(
