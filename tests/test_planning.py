@@ -212,6 +212,12 @@ def tiny(root: Path) -> Params:
     return parse_params(tree)
 
 
+def _with_warm_up(name: str, steps: int) -> dict[str, Any]:
+    tree = read_yaml(Path(__file__).parents[1] / "params.yaml")
+    _merge(tree, {"algorithms": {name: {"budget": {"optimizer": {"warmup_steps": steps}}}}})
+    return {"algorithms": tree["algorithms"]}
+
+
 def _merge(tree: Any, over: Any) -> None:
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
@@ -298,11 +304,15 @@ def test_a_warm_up_that_is_longer_than_its_run_is_found_before_the_run(root: Pat
     params = load_params(root / "params.yaml")
     assert too_long_warmups(params, {"sft": 20, "align@dpo": 50, "align@grpo": 1, "reward": None}) == []
     assert too_long_warmups(params, {"sft": 19, "align@dpo": 4}) == [
-        "sft would stop: its optimizer.warmup_steps = 20 is longer than its 19 optimiser steps; set it to 1, a tenth of them, or"
+        "sft would stop: sft.optimizer.warmup_steps = 20 is longer than its 19 optimiser steps; set it to 1, a tenth of them, or"
         " train for longer.",
-        "align@dpo would stop: its optimizer.warmup_steps = 5 is longer than its 4 optimiser steps; set it to 0, a tenth of them, or"
-        " train for longer.",
+        "align@dpo would stop: align.preference.optimizer.warmup_steps = 5 is longer than its 4 optimiser steps; set it to 0, a tenth"
+        " of them, or train for longer.",
     ]
+    own = parse_params({**read_yaml(root / "params.yaml"), **_with_warm_up("grpo", 9)})
+    assert too_long_warmups(own, {"align@grpo": 8})[0].startswith(
+        "align@grpo would stop: algorithms.grpo.budget.optimizer.warmup_steps = 9 is"
+    )
 
 
 def test_what_will_not_fit_is_named_with_what_to_change(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,11 +143,20 @@ def too_long_warmups(params: Params, steps: Mapping[str, int | None]) -> list[st
         settings = params.budget(name) if name != stage else getattr(params, stage)
         warmup = settings.optimizer.warmup_steps
         if count is not None and warmup > count:
+            section = stage if name == stage else _budget_section(params, name)
             found.append(
-                f"{stage} would stop: its optimizer.warmup_steps = {warmup} is longer than its {count} optimiser steps; set it to"
+                f"{stage} would stop: {section}.optimizer.warmup_steps = {warmup} is longer than its {count} optimiser steps; set it to"
                 f" {count // 10}, a tenth of them, or train for longer."
             )
     return found
+
+
+def _budget_section(params: Params, name: str) -> str:
+    """Return the section of params.yaml that sets an algorithm's warm-up."""
+    own = params.algorithms[name].budget.get("optimizer")
+    if isinstance(own, dict) and "warmup_steps" in own:
+        return f"algorithms.{name}.budget"
+    return "align.on_policy" if isinstance(params.algorithm(name), OnPolicy) else "align.preference"
 
 
 def minutes(seconds: float) -> str:

@@ -106,7 +106,9 @@ def unused_rewards(params: Params) -> list[str]:
         if reward not in computed:
             elsewhere = [name for name, section in params.algorithms.items() if reward in (section.rewards or {})]
             where = (
-                f"; {', '.join(elsewhere)} would use it, but project.algorithms does not list it" if elsewhere else ""
+                f"; {', '.join(elsewhere)} would use it, but project.algorithms does not list {'them' if len(elsewhere) > 1 else 'it'}"
+                if elsewhere
+                else ""
             )
             found.append(
                 f"warning: rewards.{reward} is computed by nothing{where}. To train on it, give it a weight:"

@@ -255,7 +255,7 @@ class Params(Section):
         if used:
             raise ConfigError(
                 f"reward.enabled is false, but {', '.join(used)} {'use' if len(used) > 1 else 'uses'} the reward model; remove"
-                f" {'them' if len(used) > 1 else 'it'}, or set reward.enabled: true"
+                f" {'them' if len(used) > 1 else 'it'} (a reward by the value null), or set reward.enabled: true"
             )
 
     def _check_patterns(self) -> None:

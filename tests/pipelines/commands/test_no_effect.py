@@ -153,7 +153,7 @@ def test_settings_without_effect_are_named(shipped: dict[str, Any], here: Path) 
     assert len(shape) == 1
     long = changed(shipped, {"sft": {"optimizer": {"warmup_steps": 100_000}}})
     assert any(
-        "sft would stop: its optimizer.warmup_steps = 100000 is longer than its" in line for line in notes(long, [])
+        "sft would stop: sft.optimizer.warmup_steps = 100000 is longer than its" in line for line in notes(long, [])
     )
 
 
@@ -167,13 +167,13 @@ def test_configure_reports_each_warm_up_that_stops_its_stage(shipped: dict[str, 
     # 96 rows in batches of 64 over 6 epochs; 80 % of 100 pairs in batches of 32 over 2 epochs, or 1
     few = {"sft": {"source": "mine.jsonl", "rows": None}, "preferences": {"rows": 100}}
     assert stops(data=few, reward={"optimizer": {"warmup_steps": 10}}) == [
-        "warning: sft would stop: its optimizer.warmup_steps = 20 is longer than its 12 optimiser steps; set it to 1, a tenth of them, or"
+        "warning: sft would stop: sft.optimizer.warmup_steps = 20 is longer than its 12 optimiser steps; set it to 1, a tenth of them, or"
         " train for longer.",
-        "warning: reward would stop: its optimizer.warmup_steps = 10 is longer than its 6 optimiser steps; set it to 0, a tenth of them,"
+        "warning: reward would stop: reward.optimizer.warmup_steps = 10 is longer than its 6 optimiser steps; set it to 0, a tenth of them,"
         " or train for longer.",
         *(
-            f"warning: align@{name} would stop: its optimizer.warmup_steps = 5 is longer than its 3 optimiser steps; set it to 0, a tenth"
-            " of them, or train for longer."
+            f"warning: align@{name} would stop: align.preference.optimizer.warmup_steps = 5 is longer than its 3 optimiser steps; set it to"
+            " 0, a tenth of them, or train for longer."
             for name in ("dpo", "dpo_soft", "grpo_pairs")
         ),
     ]
