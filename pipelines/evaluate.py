@@ -145,9 +145,9 @@ def arguments(parser: ArgumentParser) -> None:
     """Add the step's arguments."""
     parser.add_argument("--model", default="", help="base, sft, or the name of an aligned model, e.g. grpo-0")
     parser.add_argument(
-        "--algorithm", dest="model", action=ModelPart, help="algorithm of an aligned model, with --seed"
+        "--algorithm", dest="model", metavar="NAME", action=ModelPart, help="algorithm of an aligned model, with --seed"
     )
-    parser.add_argument("--seed", dest="model", action=ModelPart, help="seed of an aligned model")
+    parser.add_argument("--seed", dest="model", metavar="SEED", action=ModelPart, help="seed of an aligned model")
 
 
 class ModelPart(Action):
@@ -160,6 +160,10 @@ class ModelPart(Action):
 
 def variant(args: Namespace) -> str:
     """Return the model's name. Raises ConfigError if it is not a model of the project."""
+    if not args.model:
+        raise ConfigError(
+            "no model is named; give --model base, --model sft, or --algorithm and --seed of an aligned model"
+        )
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*(-\d+)?", args.model):
         raise ConfigError(
             f"--model {args.model!r}: not a model of this project; give base, sft, or an aligned model, e.g. grpo-0"

@@ -15,7 +15,7 @@ from pipelines.commands.lookahead import problems
 from pipelines.config.params import load_params
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.config.second_task_schema import SecondTask
-from pipelines.evaluate import answers_not_found, arguments, summary, without_interval
+from pipelines.evaluate import answers_not_found, arguments, summary, variant, without_interval
 from pipelines.runtime.measures import GREEDY, SAMPLED
 from pipelines.tracking.describe import _share
 from pipelines.training.evaluator import SecondTaskSettings, second_task_measures, second_task_prompts
@@ -204,3 +204,11 @@ def test_algorithm_and_seed_name_a_model_in_any_order(given: str) -> None:
     parser = ArgumentParser()
     arguments(parser)
     assert parser.parse_args(given.split()).model == "grpo-0"
+    assert "[--algorithm NAME] [--seed SEED]" in " ".join(parser.format_usage().split())
+
+
+def test_a_call_without_a_model_says_how_to_name_one() -> None:
+    parser = ArgumentParser()
+    arguments(parser)
+    with pytest.raises(ConfigError, match="no model is named; give --model base"):
+        variant(parser.parse_args([]))
