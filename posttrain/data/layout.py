@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Attended:
         real: [real queries] positions in queries.flatten() that are not padding. Indices, because a boolean mask would make a GPU wait.
         tokens: [real queries] token index of each.
         masks: masks by window that have been made from it.
+        layouts: layouts of the heads of all parts, which the first part keeps (`posttrain.models.head_rows`).
     """
 
     queries: Tensor
@@ -45,6 +47,7 @@ class Attended:
     real: Tensor
     tokens: Tensor
     masks: dict[int, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+    layouts: dict[tuple[int | bool | None, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in the order that `with_tensors` takes."""

@@ -44,9 +44,9 @@ def fuse(model: nn.Module) -> int:
 def _faster(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a class of the same name with a faster forward function, or None."""
     if _same_code(kind.forward, llama.LlamaRMSNorm.forward):
-        return _with_forward(kind, _norm_of(kind))
+        return with_forward(kind, _norm_of(kind))
     if _rotates_as_llama(kind.forward):
-        return _with_forward(kind, _rotating(kind.forward))
+        return with_forward(kind, _rotating(kind.forward))
     return None
 
 
@@ -61,7 +61,8 @@ def has_code_of(function: Any, other: Any) -> bool:
     return _same_code(function, other)
 
 
-def _with_forward(kind: type[nn.Module], forward: Any) -> type[nn.Module]:
+def with_forward(kind: type[nn.Module], forward: Any) -> type[nn.Module]:
+    """Return a class of the same name with a different forward function."""
     own = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), own)
 

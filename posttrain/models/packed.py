@@ -49,6 +49,7 @@ from posttrain.models.fused import fuse
 from posttrain.models.kernel_trial import refusal, refusal_of
 from posttrain.models.kernels import Scores, attention, stores_scores
 from posttrain.models.last_layer import narrow_last_layer
+from posttrain.models.plain_layer import join_layers
 from posttrain.models.reach import SMALL_WINDOW, find_reach, probe_ids, shrunk
 from posttrain.models.varlen import takes_size, varlen_attention
 from posttrain.settings import CONTEXT_PARALLEL
@@ -207,6 +208,7 @@ def prepare(model: PreTrainedModel) -> bool:
     batch = collate(PROBE).to(model.device)
     own = _probed(model, batch, _padded)
     fuse(model)
+    join_layers(model)
     model.set_attn_implementation(NAME)
     try:
         packs = _agree(_probed(model, batch, _packed), own)

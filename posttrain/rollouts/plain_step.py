@@ -13,41 +13,24 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral import modeling_mistral as mistral
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
-from posttrain.models.fused import has_code_of, is_rms_norm
 from posttrain.models.kernels import Scores
-from posttrain.models.last_layer import NarrowLayer
+from posttrain.models.plain_family import is_plain_model, window_of
 from posttrain.models.shards import is_sharded, is_tensor_parallel
 from posttrain.rollouts.shared import slot_attention
 from posttrain.rollouts.slots import Slots
 
-MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model)
-LAYERS = (llama.LlamaDecoderLayer,)
-ATTENTIONS = (
-    llama.LlamaAttention,
-    mistral.MistralAttention,
-    qwen2.Qwen2Attention,
-    qwen3.Qwen3Attention,
-    smollm3.SmolLM3Attention,
-)
-MISTRAL = mistral.MistralAttention.forward
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings whose angles depend on the position only, not on the length of the row."""
 TABLE_STEP = 256
 """Positions. The table of rotations has a multiple of these."""
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class PlainStep:
@@ -77,7 +60,7 @@ class PlainStep:
 
     def is_current(self) -> bool:
         """Return True if the model still has the modules that a step computes: no adapter, hook or other function came since."""
-        return _is_plain_model(self.model) and all(
+        return is_plain_model(self.model) and all(
             own.layer is layer and own.attention is layer.self_attn and own.mlp is layer.mlp
             for own, layer in zip(self.layers, self.model.layers, strict=True)
         )
@@ -137,9 +120,7 @@ class PlainLayer:
             both = _normalised(both, torch.cat(of_heads), norms[0].variance_epsilon)
         rotated = _rotated(both, cos, sin) if getattr(attention, "use_rope", True) else both
         slots.layers[number].update(rotated[:, heads:, None], values[:, :, None])
-        # Mistral's attention reads the configuration
-        windowed = attention.config if has_code_of(_innermost(type(attention)), MISTRAL) else attention
-        scores = Scores(attention.scaling, getattr(windowed, "sliding_window", None))
+        scores = Scores(attention.scaling, window_of(attention))
         return slot_attention(rotated[:, :heads], slots, number, scores).flatten(1)
 
 
@@ -202,51 +183,4 @@ def plain_step(lm: PreTrainedModel) -> PlainStep | None:
     model: Any = lm.base_model
     if is_sharded(lm) or is_tensor_parallel(lm):
         return None
-    return PlainStep(model) if _is_plain_model(model) else None
-
-
-def _is_plain_model(model: Any) -> bool:
-    if not (_has_forward_of(model, MODELS) and is_rms_norm(model.norm) and type(model.embed_tokens) is nn.Embedding):
-        return False
-    return _unchanged(model.embed_tokens) and len(model.layers) > 0 and all(map(_is_plain, model.layers))
-
-
-def _is_plain(layer: Any) -> bool:
-    if not _has_forward_of(layer, LAYERS):
-        return False
-    attention, mlp = layer.self_attn, layer.mlp
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
-    modules = [*(getattr(attention, name) for name in PROJECTIONS), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    plain = _has_forward_of(attention, ATTENTIONS) and _has_forward_of(mlp, (llama.LlamaMLP,))
-    return plain and all(map(is_rms_norm, norms)) and all(map(_is_linear, modules)) and len(norms) in (2, 4)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and _unchanged(module)
-
-
-def _has_forward_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Return True if the module's forward function is the same as that of one of `kinds`."""
-    return _unchanged(module) and any(has_code_of(_innermost(type(module)), _innermost(kind)) for kind in kinds)
-
-
-def _innermost(kind: type[nn.Module]) -> Callable[..., Any]:
-    """Return the forward function of a class without its decorators."""
-    function: Any = kind.forward
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    found: Callable[..., Any] = function
-    return found
-
-
-def _unchanged(module: nn.Module) -> bool:
-    """Return True if a call of the module is one of its class: no function replaces it, and no hook changes a number."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return "forward" not in vars(module) and all(map(_keeps_numbers, hooks))
-
-
-def _keeps_numbers(hook: Any) -> bool:
-    """Return True for a hook that narrows the last layer, and for that of checkpointing, which marks embeddings for the gradient."""
-    marks = getattr(hook, "__code__", None) in PreTrainedModel.enable_input_require_grads.__code__.co_consts
-    return marks or isinstance(getattr(hook, "__self__", None), NarrowLayer)
+    return PlainStep(model) if is_plain_model(model) else None

@@ -1,0 +1,368 @@
+"""A layer of the plain family (Llama, Mistral, Qwen 2 and 3 and models with the same code) as one function with its own gradient, on CPUs.
+
+In small models norms, rotations, residuals and the steps of autograd take as long as half of the products. Here residuals are added by
+products, gradients are changed in place, and each head of a token is one row, which attention gathers. Fewer tensors are kept for the
+backward pass: normalised states, not states and weighted states.
+
+A layer is taken by the code of its classes, as in `posttrain.models.fused`, if nothing has changed it: no adapter, no hook, no split
+weights, float32. Its last layer computes only the tokens that are read.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=2, heads=2, kv_heads=1), seed=0)
+    >>> join_layers(model)
+    2
+"""
+
+from __future__ import annotations
+
+from functools import cache, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers.activations import SiLUActivation
+
+from posttrain.models.fused import with_forward
+from posttrain.models.head_rows import HeadLayout, attend, attend_backward, head_layout
+from posttrain.models.last_layer import NarrowLayer
+from posttrain.models.plain_family import is_plain_layer, window_of
+
+WEIGHTS = 14
+"""Number of parameters of a layer, with those that it may lack."""
+Weights = tuple[Any, ...]
+Pair = tuple[Tensor, Tensor]
+
+
+class LayerShape(NamedTuple):
+    """Sizes and constants of a layer."""
+
+    heads: int
+    key_heads: int
+    size: int
+    scaling: float
+    epsilons: tuple[float, float, float]
+    """Of the norms before attention, of heads, and before the feed-forward network."""
+    rotates: bool
+
+
+class LayerInputs(NamedTuple):
+    """What a layer computes: its shape, the layout of its attention, the tokens that are read, and cosines and sines [tokens, 1, size]."""
+
+    shape: LayerShape
+    layout: HeadLayout
+    reads: Tensor | None
+    cos: Tensor
+    sin: Tensor
+
+
+def join_layers(model: nn.Module) -> int:
+    """Give the plain layers of `model` the function here. Return how many modules have got it."""
+    changed = 0
+    for module in model.modules():
+        if is_plain_layer(module) and not hasattr(type(module), "joined"):
+            module.__class__ = _joined(type(module))
+            changed += 1
+    return changed
+
+
+@cache
+def _joined(kind: type[nn.Module]) -> type[nn.Module]:
+    @wraps(kind.forward)
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not torch.compiler.is_compiling() and _takes(self, hidden_states):
+            inputs = _inputs(self, hidden_states, kwargs)
+            if inputs is not None:
+                return _computed(hidden_states, inputs, _weights(self))
+        own: Tensor = kind.forward(self, hidden_states, *args, **kwargs)
+        return own
+
+    made = with_forward(kind, forward)
+    made.joined = True  # type: ignore[attr-defined]
+    return made
+
+
+def _computed(states: Tensor, inputs: LayerInputs, weights: Weights) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _forward(states[0], inputs, weights, None)[None]
+    computed: Tensor = _Layer.apply(states, inputs, *weights)
+    return computed
+
+
+def _takes(layer: Any, states: Tensor) -> bool:
+    plain = type(states) is Tensor and len(states) == 1 and not torch.is_autocast_enabled("cpu")
+    return plain and is_plain_layer(layer) and _has_usual_parts(layer) and all(map(_is_wide, (states, *_weights(layer))))
+
+
+def _has_usual_parts(layer: Any) -> bool:
+    """Return True if only queries, keys and values have a bias, and the feed-forward network's gate is a SiLU."""
+    attention, mlp = layer.self_attn, layer.mlp
+    unbiased = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return type(mlp.act_fn) in (nn.SiLU, SiLUActivation) and all(linear.bias is None for linear in unbiased)
+
+
+def _is_wide(tensor: Tensor | None) -> bool:
+    """Return True for float32 of a CPU that no process splits."""
+    if tensor is None:
+        return True
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _inputs(layer: Any, states: Tensor, given: dict[str, Any]) -> LayerInputs | None:
+    """Return the inputs of a flat batch; None for other calls, such as those of padded rows and sampling."""
+    parts, pair = given.get("parts"), given.get("position_embeddings")
+    if not isinstance(parts, tuple) or pair is None or given.get("past_key_values") is not None:
+        return None
+    attention = layer.self_attn
+    size = attention.head_dim
+    cos, sin = pair
+    if cos.shape[-1] != size or cos.dtype != torch.float32 or len(cos) != 1:
+        return None
+    narrow = any(isinstance(getattr(hook, "__self__", None), NarrowLayer) for hook in layer._forward_pre_hooks.values())
+    reads = given["reads"].tokens if narrow and given.get("reads") is not None else None
+    heads, key_heads = (linear.out_features // size for linear in (attention.q_proj, attention.k_proj))
+    layout = head_layout(parts, reads, states.shape[1], heads, key_heads, window_of(attention))
+    if layout is None:
+        return None
+    norms = (layer.input_layernorm, getattr(attention, "q_norm", layer.input_layernorm), layer.post_attention_layernorm)
+    shape = LayerShape(
+        heads,
+        key_heads,
+        size,
+        attention.scaling,
+        tuple(norm.variance_epsilon for norm in norms),
+        bool(getattr(attention, "use_rope", True)),
+    )
+    return LayerInputs(shape, layout, reads, cos[0][:, None], sin[0][:, None])
+
+
+def _weights(layer: Any) -> Weights:
+    """Return the parameters in the order of `_forward`; None for those that the layer lacks."""
+    attention, mlp = layer.self_attn, layer.mlp
+    taken = (attention.q_proj, attention.k_proj, attention.v_proj)
+    norms = [None if norm is None else norm.weight for norm in (getattr(attention, n, None) for n in ("q_norm", "k_norm"))]
+    return (
+        layer.input_layernorm.weight,
+        *(linear.weight for linear in taken),
+        *(linear.bias for linear in taken),
+        *norms,
+        attention.o_proj.weight,
+        layer.post_attention_layernorm.weight,
+        mlp.gate_proj.weight,
+        mlp.up_proj.weight,
+        mlp.down_proj.weight,
+    )
+
+
+def _forward(states: Tensor, inputs: LayerInputs, weights: Weights, kept: list[Tensor] | None) -> Tensor:
+    """Return the states [tokens, hidden] after the layer; those of tokens that are not read are unchanged.
+
+    Args:
+        kept: gets the tensors that the backward pass needs, unless None.
+    """
+    norm, projections = weights[0], weights[1:7]
+    of_heads, (out, second, gate, up, down) = weights[7:9], weights[9:]
+    shape, layout, reads = inputs.shape, inputs.layout, inputs.reads
+    epsilon, head_epsilon, second_epsilon = shape.epsilons
+    normal = _unit(states, epsilon, kept)
+    given = torch.mul(normal, norm, out=normal if kept is None else None)
+    query, key, value = _heads(given, inputs, projections, of_heads, head_epsilon, kept)
+    del normal, given
+    mixed = attend(query, key, value, layout, kept).view(-1, shape.heads * shape.size)
+    del query, key, value
+    middle = torch.addmm(states if reads is None else states.index_select(0, reads), mixed, out.t())
+    normal = _unit(middle, second_epsilon, kept)
+    given = torch.mul(normal, second, out=normal if kept is None else None)
+    opened, lifted = given @ gate.t(), given @ up.t()
+    passed = functional.silu(opened, inplace=kept is None)
+    if kept is not None:
+        kept += [mixed, opened, lifted, passed]
+    gated = torch.mul(passed, lifted, out=passed if kept is None else None)
+    if reads is None:
+        return middle.addmm_(gated, down.t())
+    return states.clone().index_copy_(0, reads, middle.addmm_(gated, down.t()))
+
+
+def _unit(states: Tensor, epsilon: float, kept: list[Tensor] | None) -> Tensor:
+    """Return x / sqrt(mean(x^2) + epsilon) over the last dimension, and keep it and the factor."""
+    squares = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_()
+    scale = squares.div_(states.shape[-1]).add_(epsilon).rsqrt_()
+    normal = states * scale
+    if kept is not None:
+        kept += [normal, scale]
+    return normal
+
+
+def _heads(
+    given: Tensor,
+    inputs: LayerInputs,
+    projections: Weights,
+    norms: Weights,
+    epsilon: float,
+    kept: list[Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scaled queries with a row of zeros at the end, keys and values, each with one head of one token a row."""
+    shape, reads = inputs.shape, inputs.reads
+    made = []
+    for number, linear in enumerate(projections[:3]):
+        own = given if reads is None or number else given.index_select(0, reads)
+        product = functional.linear(own, linear, projections[3 + number]).view(len(own), -1, shape.size)
+        if number == 2:
+            made.append(product.view(-1, shape.size))
+            continue
+        weight = norms[number]
+        if weight is not None:
+            product = _unit(product, epsilon, kept)
+        rows = product.new_empty(product.shape[0] * product.shape[1] + (number == 0), shape.size)
+        rotated = rows[: product.shape[0] * product.shape[1]].view(product.shape)
+        if number == 0:
+            rows[-1] = 0
+        scaling = shape.scaling if number == 0 else 1.0
+        if weight is not None:
+            product = product * weight
+        _rotate(product, *_angles(inputs, number == 0), rotated, shape.rotates)
+        if number == 0:
+            rotated.mul_(scaling)
+        made.append(rows)
+    query, key, value = made
+    return query, key, value
+
+
+def _angles(inputs: LayerInputs, of_reads: bool) -> Pair:
+    if inputs.reads is None or not of_reads:
+        return inputs.cos, inputs.sin
+    return inputs.cos.index_select(0, inputs.reads), inputs.sin.index_select(0, inputs.reads)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor, out: Tensor, rotates: bool) -> None:
+    """Write x cos + (-x2, x1) sin for halves x1 and x2 of each head to `out` (2104.09864), or x if the layer has no positions."""
+    if not rotates:
+        out.copy_(states)
+        return
+    half = states.shape[-1] // 2
+    torch.mul(states, cos, out=out)
+    out[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(states[..., :half], sin[..., half:])
+
+
+def _rotate_back(gradient: Tensor, cos: Tensor, sin: Tensor, rotates: bool) -> Tensor:
+    """Return dy cos + (dy2 sin2, -dy1 sin1)."""
+    if not rotates:
+        return gradient
+    half = gradient.shape[-1] // 2
+    back = gradient * cos
+    back[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
+    back[..., half:].addcmul_(gradient[..., :half], sin[..., :half], value=-1)
+    return back
+
+
+class _Layer(torch.autograd.Function):
+    """Autograd function of a whole layer."""
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def forward(ctx: Any, states: Tensor, inputs: LayerInputs, *weights: Tensor | None) -> Tensor:
+        kept: list[Tensor] = []
+        outputs = _forward(states[0], inputs, weights, kept)
+        ctx.save_for_backward(*kept, *weights)
+        ctx.inputs = inputs
+        return outputs[None]
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weights = ctx.saved_tensors[:-WEIGHTS], ctx.saved_tensors[-WEIGHTS:]
+        of_states, of_weights = _Backward(ctx.inputs, weights, ctx.needs_input_grad)(gradient[0], list(kept))
+        return (None if of_states is None else of_states[None], None, *of_weights)
+
+
+class _Backward:
+    """The gradient of one layer.
+
+    Args:
+        needs: which inputs of `_Layer` need a gradient: states, the inputs, and each weight.
+    """
+
+    def __init__(self, inputs: LayerInputs, weights: Any, needs: tuple[bool, ...]) -> None:
+        self.inputs, self.weights = inputs, weights
+        self.needs_states, self.needs = needs[0], needs[2:]
+        self.found: list[Tensor | None] = [None] * WEIGHTS
+
+    def __call__(self, gradient: Tensor, kept: list[Tensor]) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gradients of the states [tokens, hidden] and of the weights."""
+        reads, tokens = self.inputs.reads, len(gradient)
+        if reads is not None:
+            gradient = gradient.index_select(0, reads)
+        of_middle = self._feed_forward(gradient, *kept[-6:-4], *kept[-3:])
+        of_states = self._attention(of_middle, tokens, kept[:-6], mixed=kept[-4])
+        if not self.needs_states:
+            return None, self.found
+        if reads is not None:
+            of_states = of_states.index_add_(0, reads, of_middle)
+        return of_states, self.found
+
+    def _feed_forward(
+        self, gradient: Tensor, normal: Tensor, scale: Tensor, opened: Tensor, lifted: Tensor, passed: Tensor
+    ) -> Tensor:
+        """Return the gradient of the states between attention and the feed-forward network."""
+        gate, up, down = self.weights[11:]
+        self._product(13, gradient, passed * lifted)
+        of_gated = gradient @ down
+        of_lifted = of_gated * passed
+        of_opened = torch.ops.aten.silu_backward.grad_input(of_gated.mul_(lifted), opened, grad_input=of_gated)
+        given = normal * self.weights[10]
+        self._product(11, of_opened, given)
+        self._product(12, of_lifted, given)
+        of_given = (of_opened @ gate).addmm_(of_lifted, up)
+        return torch.addcmul(gradient, self._unit(10, of_given, normal), scale)
+
+    def _attention(self, gradient: Tensor, tokens: int, kept: list[Tensor], mixed: Tensor) -> Tensor:
+        """Return the gradient of the layer's states. For a layer that computes only some tokens, it lacks that of the residual."""
+        (normal, scale), shape, reads = kept[:2], self.inputs.shape, self.inputs.reads
+        norms = [kept[2 * n : 2 * n + 2] if self.weights[6 + n] is not None else [] for n in (1, 2)]
+        self._product(9, gradient, mixed)
+        rows = gradient.new_empty(len(gradient) * shape.heads + 1, shape.size)
+        rows[-1] = 0
+        torch.mm(gradient, self.weights[9], out=rows[:-1].view(len(gradient), -1))
+        query, key, value = attend_backward(rows, tokens, self.inputs.layout, kept[2 + sum(map(len, norms)) :])
+        query = self._rotated(query.view(len(gradient), -1, shape.size), 0, norms[0])
+        key = self._rotated(key.view(tokens, -1, shape.size), 1, norms[1])
+        given = normal * self.weights[0]
+        of_projections = query, key, value.view(tokens, -1)
+        for number, found in enumerate(of_projections):
+            self._product(1 + number, found, given if reads is None or number else given.index_select(0, reads))
+            if self.needs[4 + number]:
+                self.found[4 + number] = found.sum(0)
+        of_given = (of_projections[1] @ self.weights[2]).addmm_(of_projections[2], self.weights[3])
+        if reads is None:
+            of_given.addmm_(query, self.weights[1])
+            return torch.addcmul(gradient, self._unit(0, of_given, normal), scale)
+        of_given.index_add_(0, reads, query @ self.weights[1])
+        return self._unit(0, of_given, normal).mul_(scale)
+
+    def _rotated(self, gradient: Tensor, number: int, norm: list[Tensor]) -> Tensor:
+        """Return the gradient of the products of queries (0) or keys (1), [tokens, heads x size]."""
+        shape = self.inputs.shape
+        back = _rotate_back(gradient, *_angles(self.inputs, number == 0), shape.rotates)
+        if number == 0:
+            back.mul_(shape.scaling)
+        if norm:
+            normal, scale = norm
+            back = self._unit(7 + number, back, normal).mul_(scale)
+        return back.view(len(back), -1)
+
+    def _product(self, number: int, gradient: Tensor, given: Tensor) -> None:
+        if self.needs[number]:
+            self.found[number] = gradient.t() @ given
+
+    def _unit(self, number: int, gradient: Tensor, normal: Tensor) -> Tensor:
+        """Return the gradient dy of weighted normal states n w as w dy - n mean(n w dy), in place; the factor of the norm is left out."""
+        weight, size = self.weights[number], gradient.shape[-1]
+        products = gradient * normal
+        if self.needs[number]:
+            self.found[number] = products.flatten(0, -2).sum(0)
+        mean = (products @ weight)[..., None]
+        return gradient.mul_(weight).addcmul_(normal, mean, value=-1 / size)
