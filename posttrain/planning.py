@@ -68,6 +68,7 @@ class Sizes:
     outside: int = 0
     tied: bool = False
     fused: bool = False
+    joined: bool = False
     scores: bool = False
     head_norms: bool = False
 
@@ -98,6 +99,17 @@ class Sizes:
         return FLOAT32_BYTES * (self.layers * layer + 5 * self.hidden + self.query_width)
 
     @property
+    def joined_per_token(self) -> int:
+        """Return `activations_per_token` if each layer is one function (`posttrain.models.plain_layer`).
+
+        A layer stores two normalised states, queries, keys and values as attention gathers them, its scores or outputs, what the tokens
+        have read, and three tensors of the feed-forward network. The gradient of a layer starts with two more.
+        """
+        layer = 3 * self.intermediate + 2 * self.key_width + 2 * self.hidden + 3 * self.query_width
+        layer += self.head_norms * (self.query_width + self.key_width)
+        return FLOAT32_BYTES * (self.layers * layer + 2 * self.intermediate + 2 * self.hidden)
+
+    @property
     def recomputed_per_token(self) -> int:
         """Return the bytes per token if each layer stores only its input, including the layer that is being recomputed."""
         layers = FLOAT32_BYTES * (self.layers * self.hidden + 4 * self.hidden)
@@ -124,6 +136,7 @@ def sizes(config: Any) -> Sizes:
     from transformers import AutoModelForCausalLM
 
     from posttrain.models.fused import fuse
+    from posttrain.models.plain_layer import join_layers
 
     try:
         with torch.device("meta"):
@@ -151,6 +164,7 @@ def sizes(config: Any) -> Sizes:
         vocabulary=model.get_input_embeddings().num_embeddings,
         outside=sum(p.numel() for p in {*model.get_input_embeddings().parameters(), *_head(model)}),
         tied=any(p is other for p in _head(model) for other in model.get_input_embeddings().parameters()),
+        joined=join_layers(model) > 0,
         fused=fuse(model) >= 3 * (_number(text, LAYER_NAMES) or 1),
         head_norms=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
     )
@@ -242,7 +256,10 @@ def training(
     gathered = 2 * FLOAT32_BYTES * micro_batch_tokens * model.hidden * trained if context > 1 else 0
     own_tokens = math.ceil(micro_batch_tokens / context)
     tile = 0 if model.scores else min(tile_elements(device), own_tokens * model.vocabulary)
-    whole = model.fused_per_token if model.fused and device == "cpu" and not bf16 else model.activations_per_token
+    whole = model.activations_per_token
+    if device == "cpu" and not bf16:
+        whole = model.joined_per_token if model.joined and adapter is None else whole
+        whole = model.fused_per_token if model.fused and whole > model.fused_per_token else whole
     per_token = model.recomputed_per_token if recomputes else whole
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile
     if bf16 and device != "cpu":

@@ -59,11 +59,12 @@ def is_plain_layer(layer: Any) -> bool:
     if not _has_forward_of(layer, LAYERS):
         return False
     attention, mlp = layer.self_attn, layer.mlp
+    if not (_has_forward_of(attention, ATTENTIONS) and _has_forward_of(mlp, (llama.LlamaMLP,))):
+        return False
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
     modules = [*(getattr(attention, name) for name in PROJECTIONS), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    plain = _has_forward_of(attention, ATTENTIONS) and _has_forward_of(mlp, (llama.LlamaMLP,))
-    return plain and all(map(_is_norm, norms)) and all(map(_is_linear, modules)) and len(norms) in (2, 4)
+    return all(map(_is_norm, norms)) and all(map(_is_linear, modules)) and len(norms) in (2, 4)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -274,7 +274,8 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weights = ctx.saved_tensors[:-WEIGHTS], ctx.saved_tensors[-WEIGHTS:]
+        saved = ctx.saved_tensors  # read once: checkpointing computes the layer again for it
+        kept, weights = saved[:-WEIGHTS], saved[-WEIGHTS:]
         of_states, of_weights = _Backward(ctx.inputs, weights, ctx.needs_input_grad)(gradient[0], list(kept))
         return (None if of_states is None else of_states[None], None, *of_weights)
 
