@@ -144,7 +144,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, kept: 
             torch.bmm(weights, values, out=own)
             saved = [weights]
         else:
-            found = FORWARD(*map(part.by_heads, (queries, keys, values)), 0.0, part.bias is None, attn_mask=part.bias, scale=1.0)
+            found = FORWARD(
+                *map(part.by_heads, (queries, keys, values)), 0.0, part.bias is None, attn_mask=part.bias, scale=1.0
+            )
             part.by_heads(own).copy_(found[0])
             saved = [*found]
         if kept is not None:
@@ -196,7 +198,13 @@ def _short_backward(part: PartRows, given: Tensor, own: Tensor, kept: list[Tenso
 def _long_backward(part: PartRows, given: Tensor, own: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
     queries, keys, values, outputs, normaliser = (kept.pop(0) for _ in range(5))
     of_queries, of_keys, of_values = BACKWARD(
-        *map(part.by_heads, (given, queries, keys, values)), outputs, normaliser, 0.0, part.bias is None, attn_mask=part.bias, scale=1.0
+        *map(part.by_heads, (given, queries, keys, values)),
+        outputs,
+        normaliser,
+        0.0,
+        part.bias is None,
+        attn_mask=part.bias,
+        scale=1.0,
     )
     part.by_heads(own).copy_(of_queries)
     return of_keys, of_values

@@ -92,8 +92,9 @@ def _computed(states: Tensor, inputs: LayerInputs, weights: Weights) -> Tensor:
 
 
 def _takes(layer: Any, states: Tensor) -> bool:
-    plain = type(states) is Tensor and len(states) == 1 and not torch.is_autocast_enabled("cpu")
-    return plain and is_plain_layer(layer) and _has_usual_parts(layer) and all(map(_is_wide, (states, *_weights(layer))))
+    if type(states) is not Tensor or len(states) != 1 or torch.is_autocast_enabled("cpu"):
+        return False
+    return is_plain_layer(layer) and _has_usual_parts(layer) and all(map(_is_wide, (states, *_weights(layer))))
 
 
 def _has_usual_parts(layer: Any) -> bool:
@@ -142,7 +143,7 @@ def _weights(layer: Any) -> Weights:
     """Return the parameters in the order of `_forward`; None for those that the layer lacks."""
     attention, mlp = layer.self_attn, layer.mlp
     taken = (attention.q_proj, attention.k_proj, attention.v_proj)
-    norms = [None if norm is None else norm.weight for norm in (getattr(attention, n, None) for n in ("q_norm", "k_norm"))]
+    norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
     return (
         layer.input_layernorm.weight,
         *(linear.weight for linear in taken),
