@@ -1,4 +1,4 @@
-"""Recognise the models whose layers posttrain computes by functions of its own: Llama, Mistral, Qwen 2 and 3, SmolLM 3 and equal ones.
+"""Recognise the models whose layers posttrain computes with its own functions: Llama, Mistral, Qwen 2 and 3, SmolLM 3 and equal ones.
 
 Classes are compared by their code, as in `posttrain.models.fused`. A module that a hook, an adapter or a different function changes is
 not plain.
