@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,7 +36,9 @@ def recompute_layers(model: PreTrainedModel) -> None:
         )
     without_dropout(model)
     setattr(model, RATES, _zeroed_rates(model.config) | getattr(model, RATES, {}))
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.17, which a GPU box may have, knows only the second name; newer versions call it deprecated
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _zeroed_rates(config: PreTrainedConfig) -> dict[str, float]:
