@@ -73,7 +73,8 @@ def train(folder: Path, kind: str, kill_at: int | None, tiny: bool) -> None:
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     shape = SHAPES["tiny"] if tiny else replace(SHAPES["0.6B"], layers=LAYERS, vocabulary=VOCABULARY)
     with accelerator.device:
-        policy = Policy(Qwen3ForCausalLM(shape.config()).eval())
+        model = Qwen3ForCausalLM(shape.config()).eval()
+    policy = Policy(model)
     size, budget = (16, 256) if tiny else (256, 16_384)
     source: Any
     objective: Any

@@ -72,7 +72,8 @@ def test_a_shared_prompt_is_counted_once_and_the_head_only_for_answers() -> None
 
 def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_that_differ() -> None:
     def case(speed: float, peak: float | None, planned: float = 10.0) -> dict[str, Any]:
-        return {"tokens_per_second": speed, "peak_gib": peak, "predicted_gib": planned}
+        attention = "masks" if peak is None else "FlashAttention by offsets"
+        return {"tokens_per_second": speed, "peak_gib": peak, "predicted_gib": planned, "attention": attention}
 
     kept = {"cases": {"a": case(100, 10), "b": case(100, 10), "full": {"error": "out of memory"}}}
     curve = {"same_again": True, "same_after_kill": True}
@@ -90,6 +91,7 @@ def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_th
     assert alarms(good, kept) == []
     refused = f"masks, because FlashAttention {REFUSED} (an old GPU)"
     worse = {"a": case(94.9, 10.6) | {"attention": refused}, "b": case(100, 8.9), "new": {"error": "out of memory"}}
+    worse["padded"] = case(1, 10.0) | {"attention": "the model's own, over padded rows"}
     differs = {"grpo": curve | {"same_after_kill": False}, "sft": {"error": "no disk"}}
     wrong = {"float32": {"logprob": float("nan")}, "sampling": {"logprob": 0.1, "refused": "a kernel waits"}}
     far = {"agreement": agreement | wrong, "transfers": {"ipc": {"error": "no handle"}}}
@@ -104,6 +106,7 @@ def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_th
         "a: a peak of 10.60 GiB, and 10.00 are kept",
         "b: a peak of 8.90 GiB, and the plan is 10.00",
         "new: out of memory",
+        "padded: the model's own, over padded rows",
         "deterministic grpo: same again True, after a kill False",
     ]
     assert alarms({"agreement": {"error": "no kernel"}, "cases": {}}, {}) == ["agreement: no kernel"]
