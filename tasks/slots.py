@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ SEVERAL_PROCESSES = ("sft", "reward", "align", "evaluate", "evaluate_aligned")
 """Stages whose steps POSTTRAIN_ACCELERATE starts as several processes; every other stage is one process on one device."""
 MEMORY_PER_SLOT_BYTES = 2 << 30
 POLL_SECONDS = 0.2
+DRIVER = Path("/dev/nvidiactl")
+"""Device file of NVIDIA's driver."""
 _UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
 
 
@@ -96,6 +99,12 @@ def cuda_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
     if visible is not None and visible.strip() in ("", "-1"):
         return []
     present = parse_devices(_nvidia_smi())
+    if not present and visible is None and DRIVER.exists() and shutil.which("nvidia-smi") is None:
+        raise OrchestrationError(
+            f"{DRIVER} exists, and nvidia-smi is not found, so the GPUs of this machine are not known, and stages that run at the same time"
+            " would share one. Install nvidia-smi (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility), or set"
+            " CUDA_VISIBLE_DEVICES, such as 0; empty for the CPU"
+        )
     return present if visible is None else _resolved(visible, present)
 
 

@@ -38,6 +38,20 @@ def test_without_a_device_the_number_asked_for_is_the_number_of_slots() -> None:
     assert 1 <= len(machine_slots({"CUDA_VISIBLE_DEVICES": "-1"})) <= (os.cpu_count() or 1)
 
 
+def test_a_driver_without_nvidia_smi_is_refused_unless_the_devices_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container with NVIDIA_DRIVER_CAPABILITIES=compute."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(slots, "DRIVER", tmp_path)
+    with pytest.raises(OrchestrationError, match=r"nvidia-smi is not found.* set CUDA_VISIBLE_DEVICES, such as 0"):
+        machine_slots({})
+    assert [slot.device for slot in machine_slots({"CUDA_VISIBLE_DEVICES": "0"})] == ["0"]
+    assert machine_slots({"CUDA_VISIBLE_DEVICES": "", "POSTTRAIN_SLOTS": "1"}) == [Slot(("cpu-0",), None)]
+    monkeypatch.setattr(slots, "DRIVER", tmp_path / "absent")
+    assert machine_slots({"POSTTRAIN_SLOTS": "1"}) == [Slot(("cpu-0",), None)]
+
+
 def test_more_slots_than_devices_share_them_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "_nvidia_smi", lambda: LISTING)
     environ = {"CUDA_VISIBLE_DEVICES": "3,0", "POSTTRAIN_SLOTS": "3"}
