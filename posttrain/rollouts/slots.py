@@ -30,6 +30,10 @@ Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 ROOM = 64
 """Tokens. In a fixed layout the longest answer's tokens are rounded up to a multiple, so that it holds for so many steps."""
+DENSE_TOKENS, DENSE_BYTES = 128, 2**23
+"""An answer has little more room than it fills until it has so many tokens, if a layer's keys and values take at most so many bytes.
+A step reads them three times as fast without gaps. Large ones would leave gaps in the heap when they grow.
+"""
 _ARRANGEMENTS = count()
 
 
@@ -68,6 +72,8 @@ class Slots:
         self.lengths: list[int] = []
         self.ages: list[int] = []
         self.counts: list[int] = []
+        self.columns = 0
+        """Tokens for which every answer has room now."""
         self._arrange()
 
     @contextmanager
@@ -78,6 +84,7 @@ class Slots:
             ValueError: a layer got none.
         """
         room = _Room(len(self.lengths), len(lengths), max(lengths), sum(self.counts), sum(counts))
+        self.columns = max(self.columns, self._columns_for(self.width, room.old_answers + room.answers))
         for layer in self.layers:
             layer.begin(room)
         yield
@@ -99,6 +106,7 @@ class Slots:
         self.counts = [counts[g] for g in groups]
         indices = [torch.tensor(numbers, dtype=torch.long) for numbers in (groups, list(rows))]
         kept_groups, kept = together(indices, self.device)
+        self.columns = self._columns_for(self.width, len(rows))
         for layer in self.layers:
             layer.keep(kept_groups, kept, max(self.lengths, default=0), max(self.ages, default=0))
         self._arrange()
@@ -114,12 +122,25 @@ class Slots:
             self._arrange()
 
     def prepare(self) -> None:
-        """Compute the layout of the next step."""
+        """Compute the layout of the next step, and make room for its token."""
         self.windows = {}
+        if self.width > self.columns:
+            self.columns = self._columns_for(self.width, len(self.row_ages))
+            self.arrangement = next(_ARRANGEMENTS)
+            for layer in self.layers:
+                layer.widen()
         if self.fixed:
             self.layout = [replace(part, own_mask=self._own_mask(part)) for part in self._shapes]
         elif self.shared:
             self.layout = segments(self.lengths, self.ages, self.counts, self.device)
+
+    def _columns_for(self, tokens: int, answers: int) -> int:
+        """Return for how many tokens of an answer there is room if the longest has `tokens`: at most 4 or an eighth more."""
+        kind = self.layers[0].kind if self.layers else None
+        if self.fixed or tokens > DENSE_TOKENS or kind is None or answers * self.capacity * kind.nbytes > DENSE_BYTES:
+            return self.capacity
+        step = max(4, tokens // 32 * 4)
+        return min(self.capacity, -(-tokens // step) * step)
 
     def within(self, window: int | None) -> list[Segment]:
         """Return the segments of the current step in which a token sees only the last `window` tokens, itself included."""
@@ -165,7 +186,7 @@ class Slots:
     @property
     def width(self) -> int:
         """Return the number of the oldest answer's own tokens, with the newest one."""
-        return max(self.ages) + 1
+        return max(self.ages, default=0) + 1
 
     def mask(self) -> Tensor:
         """Return which columns of a layer's padded keys are real, [answers, longest prompt + longest answer]."""
@@ -187,6 +208,11 @@ class StateKind:
         keys, values = states
         return cls(values.shape[1], (keys.shape[3], values.shape[3]), values.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of one token's key and value as the model computes them."""
+        return self.heads * sum(self.sizes) * self.dtype.itemsize
+
     def stored(self, device: torch.device) -> torch.dtype:
         """Return autocast's dtype. Rotary embeddings widen keys and values, and products would narrow all of them in every step."""
         narrows = torch.is_autocast_enabled(device.type)
@@ -204,7 +230,7 @@ class _Room(NamedTuple):
 
 
 class SlotLayer(DynamicLayer):
-    """One layer's keys and values: prompts [groups, heads, longest prompt, size], answers [answers, heads, capacity, size]."""
+    """One layer's keys and values: prompts [groups, heads, longest prompt, size], answers [answers, heads, columns, size]."""
 
     def __init__(self, slots: Slots, kind: StateKind | None) -> None:
         super().__init__()
@@ -254,7 +280,7 @@ class SlotLayer(DynamicLayer):
         width = max([room.width, *(prompts.shape[2] for prompts in self.prompts)])
         for held, number, columns, old in (
             (self.prompts, room.old_groups + room.groups, width, room.old_groups),
-            (self.answers, room.old_answers + room.answers, self.slots.capacity, room.old_answers),
+            (self.answers, room.old_answers + room.answers, self.slots.columns, room.old_answers),
         ):
             for i, size in enumerate(kind.sizes):
                 grown = torch.zeros(number, kind.heads, columns, size, dtype=dtype, device=device)
@@ -265,10 +291,17 @@ class SlotLayer(DynamicLayer):
                     held[i:] = [grown]
         self.room, self.entered = None, room.old_groups
 
+    def widen(self) -> None:
+        """Give every answer the room that the slots have now."""
+        for i, own in enumerate(self.answers):
+            wider = own.new_zeros(*own.shape[:2], self.slots.columns, own.shape[3])
+            wider[:, :, : own.shape[2]] = own
+            self.answers[i] = wider
+
     def keep(self, groups: Tensor, rows: Tensor, longest: int, used: int) -> None:
         self.prompts = [prompt[groups, :, :longest] for prompt in self.prompts]
         for i, own in enumerate(self.answers):
-            kept = own.new_zeros(len(rows), *own.shape[1:])
+            kept = own.new_zeros(len(rows), own.shape[1], self.slots.columns, own.shape[3])
             kept[:, :, :used] = own[rows, :, :used]
             self.answers[i] = kept
 
