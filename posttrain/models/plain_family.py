@@ -1,7 +1,7 @@
 """Recognise the models whose layers posttrain computes with its own functions: Llama, Mistral, Qwen 2 and 3, SmolLM 3 and equal ones.
 
-Classes are compared by their code, as in `posttrain.models.fused`. A module that a hook, an adapter or a different function changes is
-not plain.
+Classes are compared by their code, as in `posttrain.models.fused`. A module that a hook or a different function changes is not plain.
+One with an adapter is only if the caller asks for it.
 
 Example:
     >>> from posttrain.models.tiny import TinyShape, tiny_model
@@ -47,15 +47,23 @@ def window_of(attention: nn.Module) -> int | None:
     return window
 
 
-def is_plain_model(model: Any) -> bool:
-    """Return True if all of a model without its head is plain."""
+def is_plain_model(model: Any, adapted: bool = False) -> bool:
+    """Return True if all of a model without its head is plain.
+
+    Args:
+        adapted: also take linear modules with a low-rank adapter, which must be called as modules.
+    """
     if not (_has_forward_of(model, MODELS) and is_rms_norm(model.norm) and type(model.embed_tokens) is nn.Embedding):
         return False
-    return _unchanged(model.embed_tokens) and len(model.layers) > 0 and all(map(is_plain_layer, model.layers))
+    return (
+        _unchanged(model.embed_tokens)
+        and len(model.layers) > 0
+        and all(is_plain_layer(layer, adapted) for layer in model.layers)
+    )
 
 
-def is_plain_layer(layer: Any) -> bool:
-    """Return True if a module is a plain decoder layer."""
+def is_plain_layer(layer: Any, adapted: bool = False) -> bool:
+    """Return True if a module is a plain decoder layer, `adapted` as in `is_plain_model`."""
     if not _has_forward_of(layer, LAYERS):
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -64,7 +72,15 @@ def is_plain_layer(layer: Any) -> bool:
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
     modules = [*(getattr(attention, name) for name in PROJECTIONS), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return all(map(_is_norm, norms)) and all(map(_is_linear, modules)) and len(norms) in (2, 4)
+    linear = all(_is_linear(module) or (adapted and is_adapted(module)) for module in modules)
+    return all(map(_is_norm, norms)) and linear and len(norms) in (2, 4)
+
+
+def is_adapted(module: Any) -> bool:
+    """Return True for a linear module with a low-rank adapter of peft, by its class's name: peft is not always installed."""
+    kind = type(module)
+    is_lora = (kind.__module__, kind.__qualname__) == ("peft.tuners.lora.layer", "Linear")
+    return is_lora and _unchanged(module) and _is_linear(module.base_layer)
 
 
 def _is_norm(module: nn.Module) -> bool:

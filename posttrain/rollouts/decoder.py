@@ -93,7 +93,7 @@ class Decoder:
         if self.bf16 and not is_sharded(self.lm):
             # pyrefly: ignore[bad-argument-type, bad-assignment]
             self.casts = {module: _matrices(module) for module in (self.lm.base_model, self.head)}
-        if self.plain is not None and not self.plain.is_current():
+        if self.plain is not None and not (self.plain.is_current() and not (self.bf16 and self.plain.has_adapters())):
             self.plain = None
         # autocast's cache would keep each gathered layer
         cache = not is_sharded(self.lm)

@@ -2,7 +2,8 @@
 
 A step of transformers' layers has one token a row, so that short operators and Python take as long as the products. Here queries and
 keys share one buffer, a norm and a rotation, residuals are added by the products, and nothing is transposed. The weights are the model's
-own, without a copy. A model is taken by the code of its classes, as in `posttrain.models.fused`; a trial confirms it.
+own, without a copy; a linear module with a low-rank adapter is called. A model is taken by the code of its classes, as in
+`posttrain.models.fused`; a trial confirms it.
 
 Example:
     >>> from posttrain.models.tiny import TinyShape, tiny_model
@@ -22,7 +23,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from posttrain.models.kernels import Scores
-from posttrain.models.plain_family import is_plain_model, window_of
+from posttrain.models.plain_family import is_adapted, is_plain_model, window_of
 from posttrain.models.shards import is_sharded, is_tensor_parallel
 from posttrain.rollouts.shared import slot_attention
 from posttrain.rollouts.slots import Slots
@@ -60,10 +61,14 @@ class PlainStep:
 
     def is_current(self) -> bool:
         """Return True if the model still has the modules that a step computes: no adapter, hook or other function came since."""
-        return is_plain_model(self.model) and all(
+        return is_plain_model(self.model, adapted=True) and all(
             own.layer is layer and own.attention is layer.self_attn and own.mlp is layer.mlp
             for own, layer in zip(self.layers, self.model.layers, strict=True)
         )
+
+    def has_adapters(self) -> bool:
+        """Return True if a linear module has a low-rank adapter, which computes in the dtypes of its weights, not in autocast's."""
+        return any(map(is_adapted, self.model.modules()))
 
     def _rotation(self, states: Tensor, positions: Tensor, slots: Slots) -> tuple[Tensor, ...]:
         """Return cosines and sines [answers, 1, size]. Those of all positions in the slots are computed once."""
@@ -144,6 +149,9 @@ class _Weights:
 
     def product(self, given: Tensor, linear: Any, name: str, out: Tensor | None = None) -> Tensor:
         """Return the module's output, in `out` if there is one."""
+        if is_adapted(linear):
+            adapted: Tensor = linear(given)
+            return adapted if out is None else out.copy_(adapted)
         weight, bias = self.weight(linear, name), linear.bias
         bias = bias if bias is None else bias.to(weight.dtype)
         if out is None:
@@ -154,7 +162,7 @@ class _Weights:
         """Return `states` plus the module's output; `states` are overwritten if the dtypes are equal."""
         weight = self.weight(linear, name)
         given = given.to(weight.dtype)
-        if states.dtype != weight.dtype or linear.bias is not None:
+        if states.dtype != weight.dtype or linear.bias is not None or is_adapted(linear):
             return states + self.product(given, linear, name)
         return states.addmm_(given, weight.t())
 
@@ -183,4 +191,4 @@ def plain_step(lm: PreTrainedModel) -> PlainStep | None:
     model: Any = lm.base_model
     if is_sharded(lm) or is_tensor_parallel(lm):
         return None
-    return PlainStep(model) if is_plain_model(model) else None
+    return PlainStep(model) if is_plain_model(model, adapted=True) else None

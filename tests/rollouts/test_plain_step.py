@@ -117,7 +117,21 @@ def test_models_that_compute_otherwise_are_not_taken(kind: Any) -> None:
     assert plain_step(model(kind)) is None
 
 
-@pytest.mark.parametrize("change", [replaced, hooked, adapted])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_adapters_are_part_of_the_step_but_for_autocast(bf16: bool) -> None:
+    lm = model(LlamaConfig, attention_bias=True)
+    engine, settings = NativeEngine(lm, -1, bf16=bf16), SamplingSettings(6, 1.0)
+    engine.sample(REQUESTS, settings)
+    adapted(lm)
+    for sampler in (engine, NativeEngine(lm, -1, bf16=bf16)):
+        [[answer, _], _] = sampler.sample(REQUESTS, settings)
+        assert isinstance(sampler.decoder, Decoder)
+        assert isinstance(sampler.decoder.plain, PlainStep) is not bf16
+        own = own_logprobs(lm, REQUESTS[0].prompt, answer.tokens)
+        assert answer.logprobs == pytest.approx(own, abs=0.5 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize("change", [replaced, hooked])
 def test_changed_modules_are_not_taken(change: Any) -> None:
     lm = model(LlamaConfig)
     engine, settings = NativeEngine(lm, -1), SamplingSettings(6, 1.0)
