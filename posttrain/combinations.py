@@ -1,5 +1,6 @@
-"""Settings that several processes cannot combine: one table, read before processes start, by `posttrain plan`, and while a model is split.
+"""Settings that several processes cannot combine, as one table.
 
+It is read before processes start, by `posttrain plan` and `posttrain configure`, and while a model is split.
 A field of `Setup` that is not known keeps its default, which no rule refuses.
 
 Example:

@@ -8,8 +8,8 @@
 An overlay is a YAML file that holds only the keys to change. A mapping is merged into the existing one, any other value replaces the
 existing value, and `null` removes an optional key. Prints each change. Files, import paths and columns that a run would not find, and
 model names that are not of the form OWNER/NAME, are refused at once; --absent writes them anyway. Whether the hub has a model is seen only
-when it is loaded. project.code is set to the folder of your own modules,
-in which DVC sees edits. A mapping in braces that DVC cannot read or write is rewritten in block style.
+when it is loaded. Settings that the processes in the environment cannot combine are refused as well. project.code is set to the folder of
+your own modules, in which DVC sees edits. A mapping in braces that DVC cannot read or write is rewritten in block style.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from pipelines.config.own_code import code_folder
 from pipelines.config.params import Params, flatten, parse_params
 from pipelines.config.yaml_files import parse_yaml, read_text, read_yaml
 from pipelines.runtime import environment
+from pipelines.runtime.combinations import all_refusals
 from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.launch import configuration
 from posttrain.errors import ConfigError
 from posttrain.files import write_atomic
 
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         changes, text, params = _changed(path, args.changes)
         if not args.absent:
             _look(params)
+        require_combination(params)
         if changes and not args.check:
             write_atomic(path, text.encode())
     print("\n".join([*(changes or [f"{path.name}: valid, nothing changes"]), *notes(params, changes)]))
@@ -71,6 +74,13 @@ def _look(params: Params) -> None:
     found = problems(params)
     if found:
         raise ConfigError("\n".join([*found, "Nothing was written. Type --absent if these will be there later."]))
+
+
+def require_combination(params: Params) -> None:
+    """Raise ConfigError if the processes that the environment names cannot combine the settings of a stage that trains."""
+    found = all_refusals(environment.root(), params, configuration())
+    if found:
+        raise ConfigError("\n".join([*found, "Nothing was written."]))
 
 
 def configure(path: Path, changes: Sequence[str]) -> list[str]:

@@ -1,14 +1,16 @@
-"""Settings that several processes cannot combine: each rule of the table, before processes start and in `posttrain plan`."""
+"""Settings that several processes cannot combine: each rule of the table, before processes start and in two commands."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.commands.configure import main as configure
 from pipelines.commands.plan import main as plan
 from pipelines.config.params import load_params, merged, parse_params
 from pipelines.config.yaml_files import read_yaml
@@ -119,8 +121,15 @@ def test_the_configuration_of_a_model_folder_is_read(
         assert words in found[0] if words else not found, (more, found)
 
 
-def test_plan_refuses(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("command", "more"), [(plan, []), (configure, ["--check"]), (configure, ["--absent"])])
+def test_plan_and_configure_refuse(
+    command: Callable[[Sequence[str]], int],
+    more: list[str],
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setenv("POSTTRAIN_TENSOR_PARALLEL", "2")
-    assert plan(["--params", str(root / "params.yaml")]) == ConfigError.exit_code
+    assert command(["--params", str(root / "params.yaml"), *more]) == ConfigError.exit_code
     assert "error: sft, reward, align@" in (error := capsys.readouterr().err)
     assert error.count("runs as one process") == 1
