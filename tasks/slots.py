@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Event
 
@@ -105,7 +106,7 @@ def cuda_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
             " would share one. Install nvidia-smi (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility), or set"
             " CUDA_VISIBLE_DEVICES, such as 0; empty for the CPU"
         )
-    return present if visible is None else _resolved(visible, present)
+    return [*chain(*present.values())] if visible is None else _resolved(visible, present)
 
 
 def named_samplers(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -124,24 +125,27 @@ def _sampler_devices(environ: Mapping[str, str]) -> list[str]:
     return _resolved(",".join(named), parse_devices(_nvidia_smi())) if named else []
 
 
-def _resolved(visible: str, present: Sequence[str]) -> list[str]:
-    """Return the devices that a list names, each once."""
-    names = [name.strip() for name in visible.split(",") if name.strip()]
+def _resolved(visible: str, present: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the devices that a list names, each once. An index counts GPUs, as in CUDA; a GPU split by MIG is all its instances."""
     # The meaning of an index depends on the order of devices; a UUID is the same for every flow.
-    found = [present[int(name)] if name.isdigit() and int(name) < len(present) else name for name in names]
-    return [*dict.fromkeys(found)]
+    gpus, names = list(present), [name.strip() for name in visible.split(",") if name.strip()]
+    named = [gpus[int(name)] if name.isdigit() and int(name) < len(gpus) else name for name in names]
+    return [*dict.fromkeys(chain.from_iterable(present.get(name, [name]) for name in named))]
 
 
-def parse_devices(listing: str) -> list[str]:
-    """Return the UUIDs in the output of `nvidia-smi -L`."""
-    found: list[str] = []
+def parse_devices(listing: str) -> dict[str, list[str]]:
+    """Return the devices of each GPU in the output of `nvidia-smi -L`, by its UUID: itself, or its MIG instances."""
+    found: dict[str, list[str]] = {}
+    gpu = ""
     for line in listing.splitlines():
         match = _UUID.search(line)
         if match is None:
             continue
-        if match[1].startswith("MIG-") and found and found[-1].startswith("GPU-"):
-            found.pop()
-        found.append(match[1])
+        if match[1].startswith("GPU-"):
+            gpu = match[1]
+            found[gpu] = [gpu]
+        else:
+            found[gpu] = [each for each in found.get(gpu, []) if each != gpu] + [match[1]]
     return found
 
 

@@ -38,7 +38,7 @@ def test_stages_that_sample_hold_the_samplers_devices_and_no_stage_trains_on_the
 
 
 def test_indices_count_all_devices_whatever_is_visible(root: Path) -> None:
-    visible = ONE | {"CUDA_VISIBLE_DEVICES": "3"}
+    visible = ONE | {"CUDA_VISIBLE_DEVICES": "2"}
     assert stage_slots(root, "align@grpo-0", visible) == [Slot(("GPU-cccc.0", "GPU-aaaa.0"), "GPU-cccc")]
 
 
@@ -61,5 +61,5 @@ def test_two_stages_that_sample_wait_for_each_other_and_others_do_not(root: Path
 
 
 def test_samplers_on_all_devices_are_refused() -> None:
-    with pytest.raises(OrchestrationError, match=r"POSTTRAIN_VLLM_DEVICES = 0,1,2,3: all 4 devices"):
-        machine_slots({"POSTTRAIN_VLLM_DEVICES": "0,1,2,3"})
+    with pytest.raises(OrchestrationError, match=r"POSTTRAIN_VLLM_DEVICES = 0,1,2: all 4 devices"):
+        machine_slots({"POSTTRAIN_VLLM_DEVICES": "0,1,2"})

@@ -12,6 +12,7 @@ from tasks import slots
 from tasks.slots import (
     SEVERAL_PROCESSES,
     Slot,
+    cuda_devices,
     has_several_processes,
     lease,
     lease_directory,
@@ -28,8 +29,29 @@ GPU 2: NVIDIA H200 (UUID: GPU-cccc)
 
 
 def test_a_split_device_counts_as_its_parts() -> None:
-    assert parse_devices(LISTING) == ["GPU-aaaa", "MIG-b1", "MIG-b2", "GPU-cccc"]
-    assert parse_devices("") == []
+    assert parse_devices(LISTING) == {
+        "GPU-aaaa": ["GPU-aaaa"],
+        "GPU-bbbb": ["MIG-b1", "MIG-b2"],
+        "GPU-cccc": ["GPU-cccc"],
+    }
+    assert parse_devices("") == {}
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        ("2,0", ["GPU-cccc", "GPU-aaaa"]),
+        ("1", ["MIG-b1", "MIG-b2"]),
+        ("GPU-bbbb,2", ["MIG-b1", "MIG-b2", "GPU-cccc"]),
+        ("MIG-b2,1", ["MIG-b2", "MIG-b1"]),
+        ("3", ["3"]),
+    ],
+)
+def test_an_index_counts_gpus_and_not_their_parts(
+    visible: str, devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_nvidia_smi", lambda: LISTING)
+    assert cuda_devices({"CUDA_VISIBLE_DEVICES": visible}) == devices
 
 
 def test_without_a_device_the_number_asked_for_is_the_number_of_slots() -> None:
@@ -54,7 +76,7 @@ def test_a_driver_without_nvidia_smi_is_refused_unless_the_devices_are_named(
 
 def test_more_slots_than_devices_share_them_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "_nvidia_smi", lambda: LISTING)
-    environ = {"CUDA_VISIBLE_DEVICES": "3,0", "POSTTRAIN_SLOTS": "3"}
+    environ = {"CUDA_VISIBLE_DEVICES": "2,0", "POSTTRAIN_SLOTS": "3"}
     assert machine_slots(environ) == [
         Slot(("GPU-cccc.0",), "GPU-cccc"),
         Slot(("GPU-aaaa.0",), "GPU-aaaa"),
@@ -127,7 +149,7 @@ def test_a_stage_of_two_processes_takes_two_devices(
         Slot(("MIG-b2.0", "GPU-cccc.0"), "MIG-b2,GPU-cccc"),
     ]
     # one device is left over, and serves no pair
-    assert [slot.device for slot in machine_slots(two_processes | {"CUDA_VISIBLE_DEVICES": "0,1,2"})] == [
+    assert [slot.device for slot in machine_slots(two_processes | {"CUDA_VISIBLE_DEVICES": "0,1"})] == [
         "GPU-aaaa,MIG-b1"
     ]
     with pytest.raises(OrchestrationError, match="2 processes per stage, but this machine has 1 devices"):
