@@ -40,6 +40,7 @@ from flows.workspace import SILENCE_SECONDS, SILENT
 from pipelines.config.params import load_params
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.garbage import library_command
 from posttrain.errors import OrchestrationError
 from tasks.process import child_environment
 
@@ -108,7 +109,7 @@ def deploy(root: Path, kind: str) -> None:
     refuse_foreign(entries, root, tag)
     before = read_pauses(entries)
     asyncio.run(prepare(POOL, kind))
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    command = library_command("prefect", "--no-prompt", "deploy", "--all")
     project = _container_folder(kind) or str(root.absolute())
     done = subprocess.run(
         command, cwd=root, env=child_environment({"POSTTRAIN_PROJECT": project}), capture_output=True, text=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from flows.pool import Workers, workers_of_pool
 from flows.remaining import last_seconds, time_left
 from flows.schedule import DagOutcome, Future, run_all
 from flows.signals import reason, stop_on_signal
-from flows.workspace import costs_page, follower, fork_server, write_record
+from flows.workspace import costs_page, early_import, follower, fork_server, write_record
 from pipelines.runtime.command_line import print_text
 from pipelines.runtime.environment import machine_fault
 from pipelines.runtime.publish import SHARED_REPORT
@@ -53,9 +53,10 @@ def bring_all_up_to_date(
         with ExitStack() as helpers:
             with workers_of_pool(root, whole) as workers:
                 begin_last_copy = helpers.enter_context(follower(root, tracking))
-                # stages on other machines fork from a fork server there
-                with fork_server(root) if workers is None else nullcontext():
-                    outcome = _plan_and_run(root, dag, todo, imports, refresh, workers)
+                if workers is None:  # stages on other machines fork from a fork server there
+                    helpers.enter_context(fork_server(root))
+                when_idle = helpers.enter_context(early_import("mlflow", tracking and not targets))
+                outcome = _plan_and_run(root, dag, todo, imports, refresh, workers, when_idle)
             sort_lock(root, whole)
             write_record(root, started, time.time(), outcome.results)
             begin_last_copy()  # MLflow gets the last records while the rest is checked and written
@@ -79,26 +80,39 @@ def _stale(root: Path, dag: Dag, imports: Collection[str]) -> set[str]:
 
 
 def _plan_and_run(
-    root: Path, dag: Dag, todo: set[str], imports: set[str], refresh: bool, workers: Workers
+    root: Path,
+    dag: Dag,
+    todo: set[str],
+    imports: set[str],
+    refresh: bool,
+    workers: Workers,
+    when_idle: Callable[[], None],
 ) -> DagOutcome:
     """Run the stages on whose results the plan depends, count the stale stages again, and run them."""
     first = before_plan(dag, todo)
-    early = _run(root, needed_for(dag, first), first, refresh, workers) if first else DagOutcome()
+    early = _run(root, needed_for(dag, first), first, refresh, workers, lambda: None) if first else DagOutcome()
     if early.failures or early.interrupted:
         early.not_started = [name for name in dag if name in todo - first]
         return early
     if first:
         todo = _stale(root, dag, imports)
     _announce(dag, todo, workers)
-    outcome = _run(root, dag, todo, refresh, workers)
+    outcome = _run(root, dag, todo, refresh, workers, when_idle)
     outcome.results |= {name: result for name, result in early.results.items() if result.ran}
     return outcome
 
 
-def _run(root: Path, dag: Dag, todo: set[str], refresh: bool, workers: Workers) -> DagOutcome:
-    """Bring the nodes of `todo` up to date, in the order of the DAG and as many at once as there are slots."""
+def _run(
+    root: Path, dag: Dag, todo: set[str], refresh: bool, workers: Workers, when_idle: Callable[[], None]
+) -> DagOutcome:
+    """Bring the nodes of `todo` up to date, in the order of the DAG and as many at once as there are slots.
+
+    `when_idle` is called when fewer nodes are left than slots.
+    """
     slots = len(machine_slots()) if workers is None else workers.settings.in_flight
-    progress = _Progress(todo, last_seconds(root), slots)
+    progress = _Progress(todo, last_seconds(root), slots, when_idle)
+    if len(todo) < slots:
+        when_idle()
     outcome = run_all(dag, _submitter(root, todo, refresh, workers), slots, stages.stop, progress)
     if workers is not None and not outcome.interrupted:
         workers.bring_back()
@@ -149,10 +163,13 @@ class _Progress:
     todo: Collection[str]
     seconds: dict[str, float]
     slots: int
+    when_idle: Callable[[], None]
 
     def __call__(self, name: str, outcome: DagOutcome) -> None:
         ran = {stage: result.seconds for stage, result in outcome.results.items() if result.ran}
         left = set(self.todo) - outcome.results.keys() - outcome.failures.keys()
+        if len(left) < self.slots:
+            self.when_idle()
         words = time_left(left, self.seconds | ran, self.slots)
         count = f"{len(self.todo) - len(left)} of {len(self.todo)}"
         _report_end(name, outcome, f"   [{count}{', ' + words if words else ''}]" if name in self.todo else "")

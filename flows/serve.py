@@ -52,6 +52,7 @@ from pipelines.data.inbox_folder import open_inbox
 from pipelines.runtime import credentials, environment
 from pipelines.runtime.command_line import PORT, command_parser, ends_with_ctrl_c, reports_errors
 from pipelines.runtime.environment import require_writable
+from pipelines.runtime.garbage import library_command
 from pipelines.runtime.process import stopping_signals
 from pipelines.runtime.redaction import redact
 from posttrain.environments.parts import KINDS
@@ -131,7 +132,7 @@ def server(root: Path, port: int) -> Iterator[str]:
 
 
 def _start_server(root: Path, port: int, log: Path, auth: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = library_command("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     with log.open("wb") as output:
         extra = credentials.prefect_server(auth, port)
         return start(command, root, output=output, extra=extra, grace_seconds=5)

@@ -7,7 +7,6 @@ import fcntl
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_H
 
 from pipelines.runtime import credentials
 from pipelines.runtime.credentials import SERVING
+from pipelines.runtime.garbage import library_command
 from pipelines.runtime.listening import listens
 from pipelines.runtime.redaction import redact
 from posttrain.errors import OrchestrationError
@@ -43,7 +43,7 @@ def prefect_api(root: Path, meanwhile: Callable[[], object] = lambda: None) -> I
     port = free_port(0)
     path = root / ".posttrain" / "logs" / "prefect.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = library_command("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     auth = credentials.prefect_auth(root)
     extra = credentials.prefect_server(auth, port) | {"PREFECT_SERVER_UI_ENABLED": "false"}
     with path.open("wb") as log:

@@ -10,7 +10,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -23,6 +25,7 @@ from prefect.states import Crashed
 from flows.hooks import notify_end
 from flows.lock import WorkspaceBusy, only_flow
 from flows.production import bring_pending
+from pipelines.runtime.early import COSTS
 from pipelines.runtime.fork_server import VARIABLE as FORK_SERVER
 from posttrain.files import write_atomic
 from posttrain.guard import end_with
@@ -146,7 +149,7 @@ def costs_page(root: Path) -> Iterator[Callable[[], Path | None]]:
     path = root / ".posttrain" / "logs" / "costs.log"
     path.parent.mkdir(parents=True, exist_ok=True)  # if all stages ran on workers, none has logged here
     with path.open("wb") as log:
-        process = start([sys.executable, "-m", "pipelines.report.costs"], root, output=log)
+        process = start([sys.executable, "-m", COSTS], root, output=log)
 
     def written() -> Path | None:
         if end(process, CATCH_UP_SECONDS):
@@ -182,6 +185,22 @@ def follower(root: Path, wanted: bool) -> Iterator[Callable[[], None]]:
             process.stdin.close()
             if end(process, CATCH_UP_SECONDS):
                 catch_up(root)
+
+
+@contextmanager
+def early_import(module: str, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Yield a function that begins to import a module which this process needs later; leaving the block waits for the import."""
+    thread = Thread(target=import_module, args=(module,), daemon=True)
+
+    def begin() -> None:
+        if wanted and thread.ident is None:
+            thread.start()
+
+    try:
+        yield begin
+    finally:
+        if thread.ident is not None:
+            thread.join()
 
 
 LONGEST_TMPDIR = 80

@@ -24,6 +24,7 @@ from alembic.script import ScriptDirectory
 from infra.postgres import Postgres
 from infra.processes import Processes, Service
 from pipelines.runtime import credentials, environment
+from pipelines.runtime.garbage import library_command
 from pipelines.runtime.process import Lock
 from pipelines.tracking.server import SERVER
 from posttrain import network
@@ -80,8 +81,8 @@ class Topology:
                     lambda: responds(self.url("s3")), port=self.ports["s3"]),
             Service("mlflow", [*python, SERVER, "server", *credentials.mlflow_options(self.ports["mlflow"])],
                     here | self._mlflow(), lambda: responds(f"{self.url('mlflow')}/health"), port=self.ports["mlflow"]),
-            Service("prefect", [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port",
-                                str(self.ports["prefect"])],
+            Service("prefect", library_command("prefect", "server", "start", "--host", "127.0.0.1", "--port",
+                                               str(self.ports["prefect"])),
                     here | self._prefect(), lambda: responds(f"{self.url('prefect')}/api/health"), port=self.ports["prefect"]),
             Service("worker", [*python, "flows.worker"], here | {"PREFECT_UI_URL": self.url("prefect")},
                     self._worker_polls),

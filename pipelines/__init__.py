@@ -14,8 +14,9 @@ if sys.flags.optimize > 1:
     sys.exit(2)
 
 if sys.argv[0] == "-m":  # `python -m pipelines.NAME`, before NAME is imported
-    from pipelines.runtime import threads
+    from pipelines.runtime import garbage, threads
 
+    garbage.collect_rarely()
     try:
         # NumPy starts a thread for each processor while it is imported, and ends in KeyboardInterrupt if it may not
         threads.require_threads(os.cpu_count() or 1)
@@ -24,7 +25,7 @@ if sys.argv[0] == "-m":  # `python -m pipelines.NAME`, before NAME is imported
 
         end_without_threads(error)
 
-    if "POSTTRAIN_WARM" in os.environ and "DVC_STAGE" in os.environ:
+    if "POSTTRAIN_WARM" in os.environ:
         from pipelines.runtime.early import hand_over
 
         hand_over()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.yaml_files import read_yaml
+from pipelines.runtime.garbage import library_command
 from pipelines.runtime.process import killed_by
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.content import path_md5
@@ -173,7 +174,7 @@ def _is_whole(root: Path, pointer: str, entries: Sequence[tuple[Path, Mapping[st
 
 def run_dvc(root: Path, *arguments: str) -> str | None:
     """Run dvc; return None on success, else the reasons in its output. With --quiet it would not give them."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+    command = library_command("dvc", "--wait-for-lock", *arguments)
     done = subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None

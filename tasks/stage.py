@@ -6,7 +6,6 @@ import errno
 import math
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from pipelines.runtime.consistency import VARIABLE, InputSnapshot, listed
+from pipelines.runtime.garbage import library_command
 from pipelines.runtime.process import killed_by
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks.cache import drop_damaged_outputs
@@ -130,7 +130,7 @@ def snapshot_path(root: Path, name: str) -> Path:
 def dvc_command(name: str, kind: Kind, *, refresh: bool) -> list[str]:
     """Return the dvc command line for a node."""
     action = ["update", name] if kind == "import" and refresh else ["repro", "--single-item", name]
-    return [sys.executable, "-m", "dvc", "--wait-for-lock", *action]
+    return library_command("dvc", "--wait-for-lock", *action)
 
 
 def log_path(root: Path, name: str) -> Path:

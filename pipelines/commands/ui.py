@@ -23,6 +23,7 @@ from pipelines.commands.sync import synchronise
 from pipelines.config.params import load_params
 from pipelines.runtime import credentials, environment
 from pipelines.runtime.command_line import PORT, command_parser, ends_with_ctrl_c, reports_errors
+from pipelines.runtime.garbage import library_command
 from pipelines.runtime.listening import listens
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.server import SERVER
@@ -84,7 +85,7 @@ def mlflow_server(project: Path, port: int) -> UiServer:
 def prefect_server(project: Path, port: int) -> UiServer:
     """Return a Prefect server over the database that the flows' private servers use, ~/.prefect."""
     base = f"http://{_HOST}:{port}"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(port)]
+    command = library_command("prefect", "server", "start", "--host", _HOST, "--port", str(port))
     extra = credentials.prefect_server(credentials.prefect_auth(project), port)
     return UiServer("Prefect", command, base, "/api/health", extra)
 

@@ -27,6 +27,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.runtime.garbage import collect_as_usual
+
 VARIABLE = "POSTTRAIN_WARM"
 AHEAD = (
     "torch",
@@ -75,11 +77,14 @@ def serve(path: Path, more: Sequence[str] = ()) -> None:
         # Listen before the imports: a step that connects early waits here, which takes no longer than importing itself.
         server.bind(str(path))
         server.listen()
+        gc.disable()
         for name in (*AHEAD, *more):
             importlib.import_module(name)
         stamps = _import_project()
         _import_if_idle(server)
         gc.freeze()  # A collection in a fork would write to the objects that it shares with the server, and so copy their pages.
+        gc.enable()
+        collect_as_usual()
         forks: dict[int, socket.socket] = {}
         ended: dict[int, int] = {}
         signal.signal(signal.SIGCHLD, lambda *_: _reap(forks, ended))

@@ -28,6 +28,7 @@ from pipelines.runtime.consistency import InputSnapshot
 from pipelines.runtime.context import CHECKPOINTS, LOCK, RunContext
 from pipelines.runtime.follower import Follower
 from pipelines.runtime.fork_server import run_in_fork_server
+from pipelines.runtime.garbage import collect_as_usual
 from pipelines.runtime.identity import SOURCES, code_digest, input_digests, run_key
 from pipelines.runtime.journal import FAILED, FINISHED, KILLED
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
@@ -99,6 +100,7 @@ def main(
     try:
         environment.require_own_code(environment.root())
         environment.require_threads()
+        collect_as_usual()
         _prepare_and_execute(step, args)
     except PosttrainError as error:
         print(f"{_speaker()}error: {printable(redact(str(error)))}", file=sys.stderr)
