@@ -55,7 +55,7 @@ def bring_all_up_to_date(
                 begin_last_copy = helpers.enter_context(follower(root, tracking))
                 if workers is None:  # stages on other machines fork from a fork server there
                     helpers.enter_context(fork_server(root))
-                when_idle = helpers.enter_context(early_import("mlflow", tracking and not targets))
+                when_idle = helpers.enter_context(early_import(tracking and not targets))
                 outcome = _plan_and_run(root, dag, todo, imports, refresh, workers, when_idle)
             sort_lock(root, whole)
             write_record(root, started, time.time(), outcome.results)

@@ -187,10 +187,14 @@ def follower(root: Path, wanted: bool) -> Iterator[Callable[[], None]]:
                 catch_up(root)
 
 
+REGISTRY_MODULES = ("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store")
+"""Modules that MLflow imports on the first use of a registry in a database."""
+
+
 @contextmanager
-def early_import(module: str, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Yield a function that begins to import a module which this process needs later; leaving the block waits for the import."""
-    thread = Thread(target=import_module, args=(module,), daemon=True)
+def early_import(wanted: bool) -> Iterator[Callable[[], None]]:
+    """Yield a function that begins to import MLflow, for the registry at a flow's end; leaving the block waits for the import."""
+    thread = Thread(target=lambda: [*map(import_module, REGISTRY_MODULES)], daemon=True)
 
     def begin() -> None:
         if wanted and thread.ident is None:

@@ -1,15 +1,17 @@
 """Start and end programs with large libraries faster: fewer garbage collections, and none when the interpreter ends.
 
-    python -m pipelines.runtime.garbage MODULE ARGUMENT...    # run a library's module so, e.g. `prefect server start`
+    python pipelines/runtime/garbage.py MODULE ARGUMENT...    # run a library's module so, e.g. `prefect server start`
 
 Modules and classes of torch, Prefect or MLflow are hundreds of thousands of objects that stay. To search them again and again takes up to a
-third of an import, and the interpreter's last collection of them up to a second.
+third of an import, and the interpreter's last collection of them up to a second. This file imports only the standard library, so that it
+runs as a script in any folder.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
+import os
 import runpy
 import sys
 
@@ -35,12 +37,20 @@ def library_command(module: str, *arguments: str) -> list[str]:
     """Return the command line that runs a library's module with few collections.
 
     Example:
-        >>> library_command("dvc", "status")[1:]
-        ['-m', 'pipelines.runtime.garbage', 'dvc', 'status']
+        >>> library_command("dvc", "status")[-2:]
+        ['dvc', 'status']
     """
-    return [sys.executable, "-m", "pipelines.runtime.garbage", module, *arguments]
+    return [sys.executable, __file__, module, *arguments]
 
 
-if __name__ == "__main__":  # the package has called collect_rarely
+def _run_library() -> None:
+    """Run the module that the arguments name, as `python -m` does."""
+    collect_rarely()
+    if not sys.flags.safe_path:
+        sys.path[0] = os.getcwd()  # in place of this script's folder
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _run_library()
