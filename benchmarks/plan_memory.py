@@ -25,6 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_cases import NO_EOS, bytes_of
+from pipelines.runtime.environment import quiet
 from pipelines.runtime.machine import peak_resident_mib
 from posttrain.algorithms import DPO, GRPO, PPO, OnPolicy
 from posttrain.data.batches import collate, micro_batches
@@ -131,6 +132,7 @@ def main() -> None:
         name, folder = args.one
         print(json.dumps(measured(CASES[name], Path(folder))))
         return
+    quiet()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.cases.split(","):

@@ -27,10 +27,12 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "2000",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
 }
 """Environment variables that turn off telemetry and keep the Hugging Face libraries offline. Threads that wait for each other spin for some
 microseconds, as long as one operator follows the next, and then sleep: by spinning on, two threads of a stage on taken cores would be four
-times as slow as one, and by sleeping at once they would gain a tenth instead of a third."""
+times as slow as one, and by sleeping at once they would gain a tenth instead of a third. Processes started from here set no small blocks
+aside for each thread, which would separate freed tensors from the bytes that the next ones need (posttrain/models/allocator.py)."""
 
 
 FAULTS_OF_THE_MACHINE = (

@@ -8,39 +8,77 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from pathlib import Path
+from typing import Any
 
 OFF = "POSTTRAIN_HUGE_PAGES"
 """Environment variable: 0 leaves the allocator unchanged, for a custom allocator or if freed memory must return to the system at once."""
-TOP_PAD, MMAP_THRESHOLD, TRIM_THRESHOLD = -2, -3, -1
+TOP_PAD, MMAP_THRESHOLD, TRIM_THRESHOLD, FAST_BLOCKS = -2, -3, -1, 1
 """Option numbers of glibc's mallopt."""
+GROWTH, MUCH = 2**23, 2**28
+"""Bytes by which a process must have grown before gaps are given back again: above its size before the last time; or, if the work
+changes, above its size after it."""
 GREATEST_HEAP_BLOCK = 2**25
 """Bytes. glibc maps larger blocks one by one, whatever the options say."""
 RESERVED = 2**31 - 2**21
 """Bytes of address space (not memory) by which the heap grows at once; only these can be in huge pages."""
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
+_grown: list[int] = []
+"""Resident bytes of this process after gaps were last given back, and before; empty if the heap is not kept."""
 
 
 def keep_heap() -> bool:
     """Keep freed memory in this process and ask Linux for huge pages. Return True if huge pages are active.
 
-    This costs no memory that was not used before, but the process returns none until it ends. It does nothing without glibc.
+    The process returns memory only by `give_back_gaps`. Freed small blocks join their neighbours at once: PyTorch aligns its tensors, and a
+    freed tensor's memory fits the next one of its size only together with the few bytes in front of it. glibc also sets small blocks
+    aside for each thread, which only GLIBC_TUNABLES=glibc.malloc.tcache_count=0 prevents, read when a process starts. It does nothing
+    without glibc.
     """
     if os.environ.get(OFF) == "0":
         return False
     try:
-        libc = ctypes.CDLL("libc.so.6", use_errno=True)
+        libc = _libc()
         mallopt, malloc, free, madvise = libc.mallopt, libc.malloc, libc.free, libc.madvise
     except (OSError, AttributeError):
         return False
     malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for option, value in ((MMAP_THRESHOLD, GREATEST_HEAP_BLOCK), (TRIM_THRESHOLD, -1), (TOP_PAD, RESERVED)):
+    options = ((MMAP_THRESHOLD, GREATEST_HEAP_BLOCK), (TRIM_THRESHOLD, -1), (TOP_PAD, RESERVED), (FAST_BLOCKS, 0))
+    for option, value in options:
         if not mallopt(option, value):
             return False
     free(malloc(GREATEST_HEAP_BLOCK - 4096))  # the heap must have grown before its pages can be advised
     advised = [madvise(start, end - start, MADV_HUGEPAGE) == 0 for start, end in _heap()]
+    _grown[:] = [_resident(), 0]
     return bool(advised) and all(advised)
+
+
+def give_back_gaps(work_changes: bool = False) -> bool:
+    """Return free pages inside a kept heap to the system if this process has grown; return True if there were any.
+
+    Some gaps are never used again, because no later tensor fits into them. A process whose steps are alike soon stops to grow, and then
+    this only reads a number. If the work changes, as from sampling to training, the gaps that the old work has left do not fit the new one.
+    """
+    if not _grown:
+        return False
+    resident = _resident()
+    after_last, greatest = _grown
+    much = work_changes and resident >= after_last + MUCH
+    if not much and resident < greatest + GROWTH:
+        return False
+    given = bool(_libc().malloc_trim(ctypes.c_size_t(RESERVED)))  # the top of the heap stays: it has no gaps
+    _grown[:] = [_resident(), 0 if much else resident]
+    return given
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+def _libc() -> Any:
+    return ctypes.CDLL("libc.so.6", use_errno=True)
 
 
 def _heap() -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from posttrain.data.batches import collate, micro_batches
 from posttrain.data.layout import ending
 from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import to_host
+from posttrain.models.allocator import give_back_gaps
 from posttrain.models.packed import PROBE
 from posttrain.models.policy import Policy, Scorer
 from posttrain.models.shards import equal_passes, gathered
@@ -59,6 +60,7 @@ def token_logprobs(
         # without a backward pass nothing else would give the gathered weights back
         with gathered(policy), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = policy(collate([tokens[i] for i in group] or PROBE).to(device), temperature)
+        give_back_gaps()
         if not group:
             continue  # other processes have more rows
         given = {
@@ -78,6 +80,7 @@ def token_logprobs(
                 read["values"][row, :n] if "values" in read else none,
                 read["experts"][row, :n] if "experts" in read else None,
             )
+    give_back_gaps(work_changes=True)
     return [n for n in numbers if n is not None]
 
 
@@ -97,9 +100,11 @@ def scores_and_spreads(
     for group in equal_passes(scorer, groups):
         with gathered(scorer), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             values = scorer(collate([tokens[i] for i in group] or PROBE).to(device, ending))
+        give_back_gaps()
         if not group:
             continue  # other processes have more rows
         combined, spread = (column.tolist() for column in to_host(scorer.combined(values)))
         for i, score, width in zip(group, combined, spread, strict=True):
             result[i] = (score, width)
+    give_back_gaps(work_changes=True)
     return result

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.transfer import to_host, together
 from posttrain.errors import RolloutError
+from posttrain.models.allocator import give_back_gaps
 from posttrain.models.reach import trial_length
 from posttrain.models.shards import InFloat32, fewest, gathers_bf16, gathers_layers, most, whole
 from posttrain.rollouts.budget import max_tokens
@@ -135,6 +136,7 @@ class NativeEngine:
                     sampling = _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token, self._kept)
                     return sampling.run(requests)
                 finally:
+                    give_back_gaps(work_changes=True)
                     decoder.runner.forget()
                     if decoder.runner.refusal:
                         _report_once(f"{type(self.lm).__name__} is sampled kernel by kernel: {decoder.runner.refusal}")

@@ -20,6 +20,7 @@ from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
 from posttrain.distributed import all_reduce_max, on_one_host, splits_layers
 from posttrain.errors import CheckpointError, ConfigError, NotFiniteError, NumericalError
+from posttrain.models.allocator import give_back_gaps
 from posttrain.models.checkpointing import recomputed_layers
 from posttrain.models.context import sharing, trainer_group
 from posttrain.models.shards import by_kind, fresh_gradients, is_sharded, is_tensor_parallel
@@ -168,6 +169,7 @@ class Trainer(Generic[Row]):
                 # data-parallel training averages gradients over processes; the factor undoes that, because these are sums
                 with fresh_gradients(self.replicated):
                     self.accelerator.backward(loss * weight * self.accelerator.num_processes)
+            give_back_gaps()
         metrics = sums.reduced(self.accelerator)
         if not math.isfinite(metrics["loss"]):
             self.optimizer.zero_grad()
