@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 from posttrain.errors import OrchestrationError
 
@@ -18,7 +19,16 @@ def available_cores() -> int:
 
 
 def peak_resident_mib() -> float:
-    """Return the most memory that this process has held, in MiB. The system counts KiB on Linux and bytes on macOS."""
+    """Return the most memory that this process has held, in MiB.
+
+    Linux lets a program inherit the number of `getrusage` from the one that started it, so its own is read from /proc. `getrusage` counts
+    bytes on macOS, KiB elsewhere.
+    """
+    if sys.platform.startswith("linux"):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+        if own:  # a sandbox may not count it
+            return own[0] / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
