@@ -52,7 +52,9 @@ def test_the_helpers_of_steps_work_without_the_calls_of_linux(root: Path) -> Non
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux counts it apart from the parent's")
 def test_the_peak_of_a_program_is_not_that_of_the_program_that_started_it(root: Path) -> None:
     child = "from pipelines.runtime.machine import peak_resident_mib; print(peak_resident_mib())"
-    parent = f"import subprocess, sys; held = b'x' * 2**29; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    parent = (
+        f"import subprocess, sys; held = b'x' * 2**29; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
     done = subprocess.run([sys.executable, "-c", parent], cwd=root, check=True, stdout=subprocess.PIPE, text=True)
     assert 0 < float(done.stdout) < 256
 

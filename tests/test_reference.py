@@ -17,6 +17,7 @@ PROGRAM = 'if __name__ == "__main__":'
 INNER = {
     "pipelines.report.costs",
     "pipelines.runtime.fork_server",
+    "pipelines.runtime.garbage",
     "pipelines.runtime.step",
     "pipelines.tracking.server",
 }
