@@ -61,11 +61,15 @@ class PartRows:
         segments, _, key_heads, _, keys = self.sizes
         return states.view(segments * key_heads, keys, -1)
 
-    def by_heads(self, states: Tensor) -> Tensor:
-        """Return folded queries or keys as [segments, heads, queries or keys, size]."""
-        segments, heads, key_heads, queries, keys = self.sizes
-        of_keys = states.numel() == segments * key_heads * keys * states.shape[-1] and states.shape[1] == keys
-        return states.view(segments, *((key_heads, keys) if of_keys else (heads, queries)), states.shape[-1])
+    def queries_by_heads(self, states: Tensor) -> Tensor:
+        """Return folded queries as [segments, heads, queries, size]."""
+        segments, heads, _, queries, _ = self.sizes
+        return states.view(segments, heads, queries, -1)
+
+    def keys_by_heads(self, states: Tensor) -> Tensor:
+        """Return folded keys as [segments, key heads, keys, size]."""
+        segments, _, key_heads, _, keys = self.sizes
+        return states.view(segments, key_heads, keys, -1)
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, kept: 
             torch.bmm(weights, values, out=own)
             saved = [weights]
         else:
-            found = FORWARD(
-                *map(part.by_heads, (queries, keys, values)), 0.0, part.bias is None, attn_mask=part.bias, scale=1.0
-            )
-            part.by_heads(own).copy_(found[0])
+            of_heads = part.queries_by_heads(queries), *map(part.keys_by_heads, (keys, values))
+            found = FORWARD(*of_heads, 0.0, part.bias is None, attn_mask=part.bias, scale=1.0)
+            part.queries_by_heads(own).copy_(found[0])
             saved = [*found]
         if kept is not None:
             kept += [queries, keys, values, *saved]
@@ -198,7 +201,8 @@ def _short_backward(part: PartRows, given: Tensor, own: Tensor, kept: list[Tenso
 def _long_backward(part: PartRows, given: Tensor, own: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
     queries, keys, values, outputs, normaliser = (kept.pop(0) for _ in range(5))
     of_queries, of_keys, of_values = BACKWARD(
-        *map(part.by_heads, (given, queries, keys, values)),
+        *map(part.queries_by_heads, (given, queries)),
+        *map(part.keys_by_heads, (keys, values)),
         outputs,
         normaliser,
         0.0,
@@ -206,5 +210,5 @@ def _long_backward(part: PartRows, given: Tensor, own: Tensor, kept: list[Tensor
         attn_mask=part.bias,
         scale=1.0,
     )
-    part.by_heads(own).copy_(of_queries)
+    part.queries_by_heads(own).copy_(of_queries)
     return of_keys, of_values

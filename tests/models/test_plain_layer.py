@@ -44,6 +44,9 @@ ROWS = [
     # beyond 16 keys PyTorch's kernel computes heads of 8 numbers
     Tokens((9,), tuple(range(3, 33))),
     Tokens(tuple(range(20, 60)), (20, 21, 22)),
+    # twice as many keys as queries, as there are heads of queries
+    Tokens(tuple(range(3, 23)), tuple(range(30, 50))),
+    Tokens(tuple(range(3, 23)), tuple(range(40, 60))),
 ]
 
 
