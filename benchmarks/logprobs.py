@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from pipelines.runtime.machine import peak_resident_mib
 from posttrain.models.allocator import keep_heap
 from posttrain.models.logprobs import selected_logprobs
 
@@ -89,7 +89,7 @@ def measure(way: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, fl
     assert head.grad is not None
     assert bool(torch.isfinite(entropy).all())
     return {
-        "seconds": seconds, "processor": processor, "mebibytes": peak_mebibytes() - before,
+        "seconds": seconds, "processor": processor, "mebibytes": peak_resident_mib() - before,
         "of_hidden": float(states.grad.norm()), "of_head": float(head.grad.norm()),
     }  # fmt: skip
 
@@ -107,11 +107,6 @@ def fused(states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> tu
 
 def held_mebibytes() -> float:
     return psutil.Process().memory_info().rss / 2**20
-
-
-def peak_mebibytes() -> float:
-    """Return the peak memory of this process; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Sizes:
         outside: parameters outside the layers: embeddings and head.
         tied: the head's matrix is that of the embeddings.
         fused: norms and rotations store less on a CPU in float32 (posttrain/models/fused.py).
+        joined: each layer is one function there and stores still less (posttrain/models/plain_layer.py).
         scores: the head is a single row, as of a reward model, so there are no logits.
         head_norms: queries and keys are normalised, as in Qwen 3.
     """
@@ -102,8 +103,8 @@ class Sizes:
     def joined_per_token(self) -> int:
         """Return `activations_per_token` if each layer is one function (`posttrain.models.plain_layer`).
 
-        A layer stores two normalised states, queries, keys and values as attention gathers them, its scores or outputs, what the tokens
-        have read, and three tensors of the feed-forward network. The gradient of a layer starts with two more.
+        A layer stores two normalised states, queries, keys and values as attention gathers them, its scores or outputs, the values that
+        the tokens have read, and three tensors of the feed-forward network. The gradient of a layer starts with two more.
         """
         layer = 3 * self.intermediate + 2 * self.key_width + 2 * self.hidden + 3 * self.query_width
         layer += self.head_norms * (self.query_width + self.key_width)
@@ -259,7 +260,7 @@ def training(
     whole = model.activations_per_token
     if device == "cpu" and not bf16:
         whole = model.joined_per_token if model.joined and adapter is None else whole
-        whole = model.fused_per_token if model.fused and whole > model.fused_per_token else whole
+        whole = min(whole, model.fused_per_token) if model.fused else whole
     per_token = model.recomputed_per_token if recomputes else whole
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile
     if bf16 and device != "cpu":

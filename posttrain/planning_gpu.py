@@ -39,7 +39,7 @@ def layer_bytes(model: LayerSizes) -> int:
     """Return the bytes that one layer keeps for each token.
 
     Of the hidden width: inputs and results of two norms in float32, and the inputs of q, k, v, gate and up. Of the intermediate width:
-    gate, its activation, up and their product. Of queries and keys: what attention takes, and its output or values. A norm of the heads
+    gate, its activation, up and their product. Of queries and keys: the inputs of attention, and its output or values. A norm of the heads
     adds its input in float32 and its result in bfloat16.
     """
     heads = 10 if model.head_norms else 4

@@ -17,7 +17,7 @@ WITHOUT_EXAMPLE = {
 }
 
 NEEDS_TRITON = {"posttrain.models.head_kernels"}
-"""Modules that import a package which PyTorch brings for GPUs only; tests/models/test_head_kernels.py tests them where it is."""
+"""Modules that import a package which PyTorch brings for GPUs only; tests/models/test_head_kernels.py tests them if it is installed."""
 
 
 def _modules() -> list[ModuleType]:

@@ -109,6 +109,31 @@ def _takes(states: Tensor, other: Tensor) -> bool:
     return plain and wide and states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def scale_of_norm(states: Tensor, epsilon: float) -> Tensor:
+    """Return 1 / sqrt(mean(x^2) + epsilon) over the last dimension, [..., 1]."""
+    squares = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_()
+    return squares.div_(states.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return x cos + (-x2, x1) sin for halves x1 and x2 of each head, in `out` if there is one, and in the wider dtype otherwise."""
+    half = states.shape[-1] // 2
+    rotated = torch.mul(states, cos, out=out)
+    states = states.to(rotated.dtype)
+    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return rotated
+
+
+def rotate_back(gradient: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return the gradient dy cos + (dy2 sin2, -dy1 sin1) of a rotation's input."""
+    half = gradient.shape[-1] // 2
+    back = gradient * cos
+    back[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
+    back[..., half:].addcmul_(gradient[..., :half], sin[..., :half], value=-1)
+    return back
+
+
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return x w / sqrt(mean(x^2) + epsilon) over the last dimension (1910.07467)."""
     normalised: Tensor = _Normalised.apply(states, weight, epsilon)
@@ -124,8 +149,7 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore[bad-override]
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        squares = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_()
-        scale = squares.div_(states.shape[-1]).add_(epsilon).rsqrt_()
+        scale = scale_of_norm(states, epsilon)
         ctx.save_for_backward(states, weight, scale)
         return (states * scale).mul_(weight)
 
@@ -157,25 +181,16 @@ def rotated_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
 
 
 class _Rotated(torch.autograd.Function):
-    """y = x cos + (-x2, x1) sin for halves x1 and x2 of each head; the gradient is dy cos + (dy2 sin2, -dy1 sin1) (2104.09864)."""
+    """Autograd function of a rotation (2104.09864)."""
 
     @staticmethod
     # pyrefly: ignore[bad-override]
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        half = states.shape[-1] // 2
-        rotated = states * cos
-        rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-        rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
-        return rotated
+        return rotate(states, cos, sin)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        half = gradient.shape[-1] // 2
-        back = gradient * cos
-        back[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
-        back[..., half:].addcmul_(gradient[..., :half], sin[..., :half], value=-1)
-        return back, None, None
+        return rotate_back(gradient, *ctx.saved_tensors), None, None

@@ -23,7 +23,7 @@ BLOCK, WARPS = 4096, 8
 ONE_A_ROW = (
     "columns", "temperatures", "selected", "greatest", "total", "weighted", "normaliser", "entropy", "scale", "bonus",
 )  # fmt: skip
-"""Arguments of which a program reads one number, so that their addresses need no programs of their own for multiples of 16 bytes."""
+"""Arguments of which a program reads one number, so that no program is compiled anew for addresses that are multiples of 16 bytes."""
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 FAULTS = (TritonError, subprocess.CalledProcessError, OSError)
 """Errors of a compiler that is absent or fails, next to PyTorch's."""

@@ -99,7 +99,7 @@ def scan(product: Tensor, columns: Tensor, temperature: float | Tensor, sums: Su
     """Add the words of a tile to the sums. A column outside of the tile is a target in a different one."""
     logits = tempered(product, temperature)
     inside, column = _within(columns, logits.shape[1])
-    # the column is clamped for targets outside this tile, so `where` must discard what they gather
+    # the column is clamped for targets outside this tile, so `where` discards these logits
     sums.selected.copy_(torch.where(inside, logits.gather(-1, column)[:, 0], sums.selected))
     greatest = torch.maximum(sums.greatest, logits.amax(-1))
     # when the maximum rises, both sums are scaled down to it (online softmax, 1805.02867)

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
-from posttrain.models.fused import with_forward
+from posttrain.models.fused import rotate, rotate_back, scale_of_norm, with_forward
 from posttrain.models.head_rows import HeadLayout, attend, attend_backward, head_layout
 from posttrain.models.last_layer import NarrowLayer
 from posttrain.models.plain_family import is_plain_layer, window_of
@@ -188,8 +188,7 @@ def _forward(states: Tensor, inputs: LayerInputs, weights: Weights, kept: list[T
 
 def _unit(states: Tensor, epsilon: float, kept: list[Tensor] | None) -> Tensor:
     """Return x / sqrt(mean(x^2) + epsilon) over the last dimension, and keep it and the factor."""
-    squares = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_()
-    scale = squares.div_(states.shape[-1]).add_(epsilon).rsqrt_()
+    scale = scale_of_norm(states, epsilon)
     normal = states * scale
     if kept is not None:
         kept += [normal, scale]
@@ -220,12 +219,14 @@ def _heads(
         rotated = rows[: product.shape[0] * product.shape[1]].view(product.shape)
         if number == 0:
             rows[-1] = 0
-        scaling = shape.scaling if number == 0 else 1.0
         if weight is not None:
             product = product * weight
-        _rotate(product, *_angles(inputs, number == 0), rotated, shape.rotates)
+        if shape.rotates:
+            rotate(product, *_angles(inputs, number == 0), out=rotated)
+        else:
+            rotated.copy_(product)
         if number == 0:
-            rotated.mul_(scaling)
+            rotated.mul_(shape.scaling)
         made.append(rows)
     query, key, value = made
     return query, key, value
@@ -235,28 +236,6 @@ def _angles(inputs: LayerInputs, of_reads: bool) -> Pair:
     if inputs.reads is None or not of_reads:
         return inputs.cos, inputs.sin
     return inputs.cos.index_select(0, inputs.reads), inputs.sin.index_select(0, inputs.reads)
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor, out: Tensor, rotates: bool) -> None:
-    """Write x cos + (-x2, x1) sin for halves x1 and x2 of each head to `out` (2104.09864), or x if the layer has no positions."""
-    if not rotates:
-        out.copy_(states)
-        return
-    half = states.shape[-1] // 2
-    torch.mul(states, cos, out=out)
-    out[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(states[..., :half], sin[..., half:])
-
-
-def _rotate_back(gradient: Tensor, cos: Tensor, sin: Tensor, rotates: bool) -> Tensor:
-    """Return dy cos + (dy2 sin2, -dy1 sin1)."""
-    if not rotates:
-        return gradient
-    half = gradient.shape[-1] // 2
-    back = gradient * cos
-    back[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
-    back[..., half:].addcmul_(gradient[..., :half], sin[..., :half], value=-1)
-    return back
 
 
 class _Layer(torch.autograd.Function):
@@ -348,7 +327,7 @@ class _Backward:
     def _rotated(self, gradient: Tensor, number: int, norm: list[Tensor]) -> Tensor:
         """Return the gradient of the products of queries (0) or keys (1), [tokens, heads x size]."""
         shape = self.inputs.shape
-        back = _rotate_back(gradient, *_angles(self.inputs, number == 0), shape.rotates)
+        back = rotate_back(gradient, *_angles(self.inputs, number == 0)) if shape.rotates else gradient
         if number == 0:
             back.mul_(shape.scaling)
         if norm:

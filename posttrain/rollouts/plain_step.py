@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from posttrain.models.fused import rotate, scale_of_norm
 from posttrain.models.kernels import Scores
 from posttrain.models.plain_family import is_adapted, is_plain_model, window_of
 from posttrain.models.shards import is_sharded, is_tensor_parallel
@@ -123,7 +124,7 @@ class PlainLayer:
             norms = attention.q_norm, attention.k_norm
             of_heads = [norm.weight.expand(n, size) for norm, n in zip(norms, (heads, key_heads), strict=True)]
             both = _normalised(both, torch.cat(of_heads), norms[0].variance_epsilon)
-        rotated = _rotated(both, cos, sin) if getattr(attention, "use_rope", True) else both
+        rotated = rotate(both, cos, sin) if getattr(attention, "use_rope", True) else both
         slots.layers[number].update(rotated[:, heads:, None], values[:, :, None])
         scores = Scores(attention.scaling, window_of(attention))
         return slot_attention(rotated[:, :heads], slots, number, scores).flatten(1)
@@ -170,20 +171,8 @@ class _Weights:
 def _normalised(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return x w / sqrt(mean(x^2) + epsilon) over the last dimension, in the order and dtypes of transformers' norms."""
     wide = states.float()
-    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-    scale = squares.div_(states.shape[-1]).add_(epsilon).rsqrt_()
-    normal = (wide * scale).to(states.dtype)
+    normal = (wide * scale_of_norm(wide, epsilon)).to(states.dtype)
     return normal.mul_(weight) if normal.dtype == weight.dtype else normal * weight
-
-
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return [answers, heads, size] rotated by `cos` and `sin` [answers, 1, size]."""
-    half = states.shape[-1] // 2
-    rotated = states * cos
-    states = states.to(rotated.dtype)
-    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
-    return rotated
 
 
 def plain_step(lm: PreTrainedModel) -> PlainStep | None:

@@ -32,7 +32,7 @@ ROOM = 64
 """Tokens. In a fixed layout the longest answer's tokens are rounded up to a multiple, so that it holds for so many steps."""
 DENSE_TOKENS, DENSE_BYTES = 128, 2**23
 """An answer has little more room than it fills until it has so many tokens, if a layer's keys and values take at most so many bytes.
-A step reads them three times as fast without gaps. Large ones would leave gaps in the heap when they grow.
+A step reads them faster without gaps. Large ones would leave gaps in the heap when they grow.
 """
 _ARRANGEMENTS = count()
 

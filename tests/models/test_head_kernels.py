@@ -65,7 +65,7 @@ def test_a_tile_is_that_of_single_operators(
         found, expected = (
             results(work, product, columns, temperature, scale, bonus) for work in (ADDED, SINGLE_OPERATORS)
         )
-    # the interpreter cuts bfloat16 off where a GPU rounds; a logit of 3e4 has an error of 1e-3 in float32
+    # the interpreter cuts off to bfloat16, and a GPU rounds; a logit of 3e4 has an error of 1e-3 in float32
     near = {"rtol": 2**-7 if dtype == torch.bfloat16 else 2e-3 if dtype == torch.float16 else 1e-4}
     near["atol"] = 1e-6 * (1 + float(product.float().abs().nan_to_num(0, 0, 0).max()) / 0.3)
     for name, value in expected.items():

@@ -145,7 +145,7 @@ def test_changed_modules_are_not_taken(change: Any) -> None:
 
 
 def test_a_wrong_step_is_refused_by_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.rollouts.plain_step._rotated", lambda states, cos, sin: states)
+    monkeypatch.setattr("posttrain.rollouts.plain_step.rotate", lambda states, cos, sin: states)
     lm = model(LlamaConfig)
     engine = NativeEngine(lm, -1)
     [[answer, _], _] = engine.sample(REQUESTS, SamplingSettings(4, 1.0))
