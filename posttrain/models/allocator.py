@@ -16,16 +16,15 @@ OFF = "POSTTRAIN_HUGE_PAGES"
 """Environment variable: 0 leaves the allocator unchanged, for a custom allocator or if freed memory must return to the system at once."""
 TOP_PAD, MMAP_THRESHOLD, TRIM_THRESHOLD, FAST_BLOCKS = -2, -3, -1, 1
 """Option numbers of glibc's mallopt."""
-GROWTH, MUCH = 2**23, 2**28
-"""Bytes by which a process must have grown before gaps are given back again: above its size before the last time; or, if the work
-changes, above its size after it."""
+GROWTH = 2**23
+"""Bytes by which a process must have outgrown its size before the last time, until gaps are given back again."""
 GREATEST_HEAP_BLOCK = 2**25
 """Bytes. glibc maps larger blocks one by one, whatever the options say."""
 RESERVED = 2**31 - 2**21
 """Bytes of address space (not memory) by which the heap grows at once; only these can be in huge pages."""
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
-_grown: list[int] = []
-"""Resident bytes of this process after gaps were last given back, and before; empty if the heap is not kept."""
+_greatest: list[int] = []
+"""Resident bytes of this process before gaps were last given back; empty if the heap is not kept."""
 
 
 def keep_heap() -> bool:
@@ -51,26 +50,23 @@ def keep_heap() -> bool:
             return False
     free(malloc(GREATEST_HEAP_BLOCK - 4096))  # the heap must have grown before its pages can be advised
     advised = [madvise(start, end - start, MADV_HUGEPAGE) == 0 for start, end in _heap()]
-    _grown[:] = [_resident(), 0]
+    _greatest[:] = [0]
     return bool(advised) and all(advised)
 
 
-def give_back_gaps(work_changes: bool = False) -> bool:
-    """Return free pages inside a kept heap to the system if this process has grown; return True if there were any.
+def give_back_gaps() -> bool:
+    """Return free pages inside a kept heap to the system if this process has outgrown its size; return True if there were any.
 
     Some gaps are never used again, because no later tensor fits into them. A process whose steps are alike soon stops to grow, and then
-    this only reads a number. If the work changes, as from sampling to training, the gaps that the old work has left do not fit the new one.
+    this only reads a number: pages that are given back in every step would have to be filled with zeros in every step.
     """
-    if not _grown:
+    if not _greatest:
         return False
     resident = _resident()
-    after_last, greatest = _grown
-    much = work_changes and resident >= after_last + MUCH
-    if not much and resident < greatest + GROWTH:
+    if resident < _greatest[0] + GROWTH:
         return False
-    given = bool(_libc().malloc_trim(ctypes.c_size_t(RESERVED)))  # the top of the heap stays: it has no gaps
-    _grown[:] = [_resident(), 0 if much else resident]
-    return given
+    _greatest[0] = resident
+    return bool(_libc().malloc_trim(ctypes.c_size_t(RESERVED)))  # the top of the heap stays: it has no gaps
 
 
 def _resident() -> int:

@@ -80,7 +80,6 @@ def token_logprobs(
                 read["values"][row, :n] if "values" in read else none,
                 read["experts"][row, :n] if "experts" in read else None,
             )
-    give_back_gaps(work_changes=True)
     return [n for n in numbers if n is not None]
 
 
@@ -106,5 +105,4 @@ def scores_and_spreads(
         combined, spread = (column.tolist() for column in to_host(scorer.combined(values)))
         for i, score, width in zip(group, combined, spread, strict=True):
             result[i] = (score, width)
-    give_back_gaps(work_changes=True)
     return result

@@ -136,7 +136,7 @@ class NativeEngine:
                     sampling = _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token, self._kept)
                     return sampling.run(requests)
                 finally:
-                    give_back_gaps(work_changes=True)
+                    give_back_gaps()
                     decoder.runner.forget()
                     if decoder.runner.refusal:
                         _report_once(f"{type(self.lm).__name__} is sampled kernel by kernel: {decoder.runner.refusal}")

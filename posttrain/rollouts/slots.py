@@ -137,7 +137,9 @@ class Slots:
     def _columns_for(self, tokens: int, answers: int) -> int:
         """Return for how many tokens of an answer there is room if the longest has `tokens`: at most 4 or an eighth more."""
         kind = self.layers[0].kind if self.layers else None
-        if self.fixed or tokens > DENSE_TOKENS or kind is None or answers * self.capacity * kind.nbytes > DENSE_BYTES:
+        if self.fixed or kind is None or kind.stored(self.device) != torch.float32:
+            return self.capacity
+        if tokens > DENSE_TOKENS or answers * self.capacity * kind.nbytes > DENSE_BYTES:
             return self.capacity
         step = max(4, tokens // 32 * 4)
         return min(self.capacity, -(-tokens // step) * step)
