@@ -22,6 +22,11 @@ ROOT = Path(__file__).parents[1]
 TEXTS = {"sft": ("prompt", "completion"), "preferences": ("prompt", "chosen", "rejected")}
 SCORES = {"chosen_score": 1.0, "rejected_score": 0.0}
 ROW_BYTES = (160, 1100)
+INTAKE = (
+    "import sys; from pipelines.commands.intake import main; from pipelines.runtime.machine import peak_resident_mib;"
+    "status = main([]); print(peak_resident_mib()); sys.exit(status)"
+)
+"""The command reports its own peak: `wait4` may report that of the program that started it."""
 
 
 def main() -> None:
@@ -63,15 +68,13 @@ def measured(table: str, width: int, rows: int) -> tuple[int, int, int]:
         with path.open("w", encoding="utf-8") as file:
             file.writelines(line(table, width, number) for number in range(rows))
         size = path.stat().st_size
-        command = [sys.executable, "-m", "pipelines.commands.intake"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "POSTTRAIN_SETTLE_SECONDS": "0"}
-        process = subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        words = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        assert status == 0, words
-        assert f"accepted {table}/rows.jsonl: {rows} rows" in words, words
-        return used.ru_maxrss * 1024, size, rows
+        done = subprocess.run(
+            [sys.executable, "-c", INTAKE], cwd=project, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"accepted {table}/rows.jsonl: {rows} rows" in done.stdout, done.stdout
+        return round(float(done.stdout.split()[-1]) * 2**20), size, rows
 
 
 def line(table: str, width: int, number: int) -> str:

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from posttrain.data.batches import micro_batches
 from posttrain.data.tokens import TextEncoder, Tokens
+from posttrain.data.transfer import to_host, together
 from posttrain.errors import ConfigError
 from posttrain.evaluation.harness import require_package
 from posttrain.evaluation.statistics import Interval, Resampling, floats, mean_interval
@@ -256,12 +258,19 @@ def continuations(
         for place, i in enumerate(group):
             read = torch.tensor((rows[i].prompt + rows[i].response)[:-1])
             ids[place, : len(read)], mask[place, : len(read)] = read, 1
+        ids, mask, *asked = together([ids, mask, *(torch.tensor(rows[i].response) for i in group)], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = policy.lm(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        for place, i in enumerate(group):
-            start, stop = len(rows[i].prompt), len(rows[i].prompt) + len(rows[i].response)
+            logits = policy.lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        scores: list[Tensor] = []
+        for place, (i, said) in enumerate(zip(group, asked, strict=True)):
+            start = len(rows[i].prompt) - 1
             # [time, vocabulary]: the logits before each token of the continuation
-            before, said = logits[place, start - 1 : stop - 1].float(), torch.tensor(rows[i].response, device=device)
-            chosen = before.log_softmax(-1).gather(1, said[:, None])
-            found[i] = (float(chosen.sum()), bool((before.argmax(-1) == said).all()))
+            before = logits[place, start : start + len(said)].float()
+            scores += [
+                before.log_softmax(-1).gather(1, said[:, None]).sum(),
+                (before.argmax(-1) == said).all(),
+            ]
+        values = [value.item() for value in to_host(scores)]  # one wait for all rows
+        for i, total, greedy in zip(group, values[::2], values[1::2], strict=True):
+            found[i] = (float(total), bool(greedy))
     return found

@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState
 from torch.utils._pytree import tree_map_only
 
 from posttrain.data.offsets import OFFSETS
+from posttrain.evaluation.benchmarks import continuations
 from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.policy import Policy
 from posttrain.models.varlen import KERNELS, Kernel
@@ -184,6 +185,20 @@ def experts() -> dict[str, float]:
     }
 
 
+def asked() -> dict[str, Any]:
+    """Return the waits for continuations of lm-eval's tasks by the number of rows of one pass, and the difference from the CPU."""
+    pairs, waits = [([5, 6, 7], [8, 9]), ([5], [6]), ([9] * 6, [4, 4, 4])], {}
+    policy = Policy(small.language_model())
+    theirs = [value for value, _ in continuations(policy, pairs, 64, 80)]
+    with pretending() as counts:
+        policy = policy.to(DEVICE)
+        for rows in (2, 3):
+            before = copy.deepcopy(counts)
+            ours = [value for value, _ in continuations(policy, pairs[:rows], 64, 80)]
+            waits[str(rows)] = counts.since(before).syncs.total()
+    return {"syncs": waits, "difference": max(abs(a - b) for a, b in zip(ours, theirs, strict=True))}
+
+
 def head() -> dict[str, Any]:
     """Return the kernels that the fused head starts for 64 tokens of 20,000 words, and its largest difference from the CPU's results."""
     generator = torch.Generator().manual_seed(0)
@@ -263,6 +278,7 @@ if __name__ == "__main__":
             "planted": planted,
             "head": head(),
             "experts": experts(),
+            "asked": asked(),
             "stored": stored(),
             "refusals": refusals(),
             "token": {name: per_token(name == "recorded") for name in ("run", "recorded")},

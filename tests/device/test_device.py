@@ -65,6 +65,12 @@ def test_a_mixture_of_experts_waits_once_more_for_its_load(measured: Any) -> Non
     assert measured["experts"]["difference"] < 1e-3
 
 
+def test_continuations_of_tasks_wait_as_often_for_three_rows_as_for_two(measured: Any) -> None:
+    """Each pass waits for its results, and transformers waits twice for its attention mask."""
+    assert measured["asked"]["syncs"] == {"2": 3, "3": 3}
+    assert measured["asked"]["difference"] < 1e-4
+
+
 def test_the_head_computes_large_tiles(measured: Any) -> None:
     """Count the kernels of one tile; a CPU computes five tiles."""
     assert measured["head"]["launches"] <= 80
