@@ -16,7 +16,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,14 +27,15 @@ import psutil
 from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.identity import file_digest
 from posttrain.files import write_atomic
-from tests.reliability.kill_ways import ALGORITHMS, KINDS, Attempt, Kind, Starter, clone
+from tests.reliability.kill_ways import AHEAD, ALGORITHMS, KINDS, Attempt, Kind, Starter, clone
 from tests.reliability.workspace import OVERLAY, Warm
 
 ROOT = Path(__file__).parents[2]
 SHARES = {"warm": 14, "step": 3, "dvc": 2, "flow": 1, "worker": 1}
 """How often each way is drawn; a flow takes twenty times as long as a step in the warm process."""
 MOST_KILLS = 4
-START, END = "<!-- kill series -->\n", "<!-- end of the kill series -->\n"
+USUAL = [name for name in KINDS if name not in AHEAD]
+END = "<!-- end of the kill series -->\n"
 Result = dict[str, Any]
 
 
@@ -136,11 +137,11 @@ def _described(process: psutil.Process) -> str:
     return (named or [process.name()])[0]
 
 
-def draw(seed: int, index: int, ways: list[str]) -> tuple[random.Random, str, str, int]:
+def draw(seed: int, index: int, ways: list[str], kinds: Sequence[str] = USUAL) -> tuple[random.Random, str, str, int]:
     """Return the random numbers, kind, way and number of kills of a trial. They depend on nothing else."""
     chance = random.Random(f"{seed}-{index}")
     way = chance.choices(ways, weights=[SHARES[name] for name in ways])[0]
-    return chance, list(KINDS)[index % len(KINDS)], way, chance.randint(1, MOST_KILLS)
+    return chance, kinds[index % len(kinds)], way, chance.randint(1, MOST_KILLS)
 
 
 def mlflow_numbers(folder: Path) -> Callable[[Kind], Result]:
@@ -168,7 +169,7 @@ def mlflow_numbers(folder: Path) -> Callable[[Kind], Result]:
 
 
 @contextmanager
-def prepared(folder: Path) -> Iterator[Series]:
+def prepared(folder: Path, kinds: Sequence[str] = USUAL) -> Iterator[Series]:
     """Make the project once, or open it, and yield its series with a warm process."""
     project = folder / "project"
     fresh = not (folder / "expected.json").exists()
@@ -180,15 +181,18 @@ def prepared(folder: Path) -> Iterator[Series]:
         starter = Starter(project, project, warm)
         if fresh:
             configured = starter.launch(
-                "-m", "pipelines.commands.configure", str(OVERLAY), f"project.algorithms={list(ALGORITHMS)}"
+                "-m",
+                "pipelines.commands.configure",
+                str(OVERLAY),
+                f"project.algorithms={[name for name in (*ALGORITHMS, *AHEAD) if name in kinds]}",
             )
             assert configured.wait() == 0, (project / "attempt.log").read_text()
-            stages = [kind.stage for kind in KINDS.values()]
+            stages = [KINDS[name].stage for name in kinds]
             repro = starter.launch("-m", "dvc", "repro", "-q", *stages, POSTTRAIN_WARM=str(warm.socket))
             assert repro.wait() == 0, (project / "attempt.log").read_text()
         series = Series(starter, mlflow_numbers(project))
         if fresh:
-            series.expected = {name: series.result(name) for name in KINDS}
+            series.expected = {name: series.result(name) for name in kinds}
             write_atomic(folder / "expected.json", json.dumps(series.expected).encode())
         series.expected = json.loads((folder / "expected.json").read_text())
         yield series
@@ -197,14 +201,16 @@ def prepared(folder: Path) -> Iterator[Series]:
         warm.socket.unlink(missing_ok=True)
 
 
-def run(folder: Path, seed: int, kills: int, ways: list[str], minutes: float = math.inf) -> list[Trial]:
+def run(
+    folder: Path, seed: int, kills: int, ways: list[str], minutes: float = math.inf, kinds: Sequence[str] = USUAL
+) -> list[Trial]:
     """Run trials until there were so many kills, or so many minutes have passed; continue the series that the folder holds."""
     record = folder / "series.jsonl"
     done = [Trial(**json.loads(line)) for line in record.read_text().splitlines()] if record.exists() else []
     end = time.monotonic() + 60 * minutes
-    with prepared(folder) as series, series.starter.servers(set(ways)):
+    with prepared(folder, kinds) as series, series.starter.servers(set(ways)):
         while (killed := sum(len(trial.victims) for trial in done)) < kills and time.monotonic() < end:
-            chance, kind, way, most = draw(seed, len(done), ways)
+            chance, kind, way, most = draw(seed, len(done), ways, kinds)
             trial = series.trial(len(done), kind, way, chance, min(most, kills - killed))
             done.append(trial)
             with record.open("a") as file:
@@ -215,7 +221,12 @@ def run(folder: Path, seed: int, kills: int, ways: list[str], minutes: float = m
     return done
 
 
-def table(trials: list[Trial], seed: int, started: str) -> str:
+def start_mark(kinds: Sequence[str]) -> str:
+    """Return the line of docs/reliability.md before the table of these kinds."""
+    return f"<!-- kill series{' with staleness' if set(kinds) <= set(AHEAD) else ''} -->\n"
+
+
+def table(trials: list[Trial], seed: int, started: str, kinds: Sequence[str] = USUAL) -> str:
     """Return the summary of a series as Markdown: kills and identical runs by kind and way. Runs that ended before a kill do not count."""
     trials = [trial for trial in trials if trial.victims or trial.differences]
     ways = list(SHARES)
@@ -225,17 +236,20 @@ def table(trials: list[Trial], seed: int, started: str) -> str:
     same = [trial for trial in trials if not trial.differences]
     total = sum(kills.values())
     lines = [f"| kills | {' | '.join(ways)} | all | runs | identical |", "|---" * (len(ways) + 4) + "|"]
-    for kind in KINDS:
+    for kind in kinds:
         mine = [trial for trial in trials if trial.kind == kind]
         row = [kills[kind, way] for way in ways]
         lines.append(
             f"| {kind} | {' | '.join(map(str, row))} | {sum(row)} | {len(mine)} | {sum(t in same for t in mine)} |"
         )
-    whole = [sum(kills[kind, way] for kind in KINDS) for way in ways]
+    whole = [sum(kills[kind, way] for kind in kinds) for way in ways]
     lines.append(f"| all | {' | '.join(map(str, whole))} | {total} | {len(trials)} | {len(same)} |")
-    command = f"`python -m tests.reliability.kill_series --kills {total} --seed {seed} --ways {started} --table`"
+    chosen = "" if list(kinds) == USUAL else f" --kinds {','.join(kinds)}"
+    command = (
+        f"`python -m tests.reliability.kill_series --kills {total} --seed {seed} --ways {started}{chosen} --table`"
+    )
     return (
-        f"{START}{command}: {total} kills in {len(trials)} runs; {len(same)} of {len(trials)} runs are identical.\n\n"
+        f"{start_mark(kinds)}{command}: {total} kills in {len(trials)} runs; {len(same)} of {len(trials)} runs are identical.\n\n"
         + "\n".join(lines)
         + f"\n{END}"
     )
@@ -254,15 +268,22 @@ def main() -> int:
         default="warm,step,dvc",
         help="ways to start a run, of warm,step,dvc,flow,worker (default: the first three; the last two take some minutes a run)",
     )
+    parser.add_argument(
+        "--kinds",
+        default=",".join(USUAL),
+        help=f"kinds of training, of {','.join(KINDS)}; a folder keeps one choice (default: all but *_ahead)",
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no trial after so many minutes")
     parser.add_argument("--table", action="store_true", help="write the summary into docs/reliability.md")
     args = parser.parse_args()
-    trials = run(args.folder.resolve(), args.seed, args.kills, args.ways.split(","), args.minutes)
-    print(table(trials, args.seed, args.ways))
+    kinds = args.kinds.split(",")
+    trials = run(args.folder.resolve(), args.seed, args.kills, args.ways.split(","), args.minutes, kinds)
+    summary = table(trials, args.seed, args.ways, kinds)
+    print(summary)
     if args.table:
         page = ROOT / "docs" / "reliability.md"
-        head, _, rest = page.read_text(encoding="utf-8").partition(START)
-        write_atomic(page, (head + table(trials, args.seed, args.ways) + rest.partition(END)[2]).encode())
+        head, _, rest = page.read_text(encoding="utf-8").partition(start_mark(kinds))
+        write_atomic(page, (head + summary + rest.partition(END)[2]).encode())
     return int(any(trial.differences for trial in trials))
 
 

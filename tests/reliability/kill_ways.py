@@ -34,6 +34,8 @@ class Kind:
 
 
 ALGORITHMS = ("dpo", "ppo", "grpo", "dapo", "gspo", "chord")
+AHEAD = ("grpo_ahead", "gspo_ahead", "cispo_ahead")
+"""Algorithms whose answers a second process samples during the update, with staleness 1, 2 and 4."""
 KINDS = {
     "sft": Kind("sft", "sft", ("pipelines.sft",), ("models/sft", "runs/sft")),
     "reward": Kind("reward", "reward", ("pipelines.reward",), ("models/reward", "runs/reward")),
@@ -44,7 +46,7 @@ KINDS = {
             ("pipelines.align", "--algorithm", name, "--seed", "0"),
             (f"models/align/{name}-0", f"runs/align/{name}-0"),
         )
-        for name in ALGORITHMS
+        for name in (*ALGORITHMS, *AHEAD)
     },
     "evaluate": Kind("evaluate@sft", "evaluate-sft", ("pipelines.evaluate", "--model", "sft"), ("runs/evaluate/sft",)),
 }
@@ -123,9 +125,9 @@ class Starter:
     def _in_warm(self, kind: Kind) -> Attempt:
         assert self.warm is not None
         server = psutil.Process(self.warm.pid)
-        before = {child.pid for child in server.children()}
+        before = {child.pid for child in server.children(recursive=True)}
         process = self.launch("-c", CLIENT, *kind.command, POSTTRAIN_WARM=str(self.warm.socket))
-        return Attempt(process, lambda: [child for child in server.children() if child.pid not in before])
+        return Attempt(process, lambda: [child for child in server.children(recursive=True) if child.pid not in before])
 
     def _as_command(self, kind: Kind) -> Attempt:
         return Attempt(self.launch("-m", *kind.command), list)
