@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -17,6 +18,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
+from posttrain.choices import follow, made
 from posttrain.combinations import Setup, require
 from posttrain.errors import PosttrainError
 from posttrain.settings import layer_processes
@@ -113,6 +115,12 @@ def gather_texts(accelerator: Accelerator, text: str) -> list[str]:
 
     found: list[str] = gather_object([text])
     return found
+
+
+def agree_on_choices(accelerator: Accelerator) -> None:
+    """Let all processes choose alike (posttrain/choices.py): the lowest rank that has made a choice decides it."""
+    for found in reversed(gather_texts(accelerator, json.dumps(made()))):
+        follow(json.loads(found))
 
 
 def on_one_host(accelerator: Accelerator) -> bool:

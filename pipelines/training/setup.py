@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -274,8 +275,6 @@ def train(
     hook: StepHook | None = None,
 ) -> dict[str, float]:
     """Train to the end and return the latest value of every metric; with --replay, repeat a saved update and exit."""
-    from posttrain.models.packed import attention_name
-    from posttrain.models.policy import head_name
     from posttrain.training.checkpoint import Checkpoints
     from posttrain.training.faults import Faults, repeat
     from posttrain.training.loop import LoopSettings, fit
@@ -284,19 +283,27 @@ def train(
     if context.args.replay is not None:
         print(repeat(trainer, source, objective, context.args.replay))
         sys.exit(0)
-    with trainer.accelerator.autocast():
-        attention, head = (find(trainer.unwrapped, trainer.accelerator.device) for find in (attention_name, head_name))
-    run.recorder.kernels(attention, head)
-    if trainer.accelerator.device.type != "cpu":
-        announce(context, f"attention: {attention}")
-        announce(context, f"head: {head}")
     checkpoint, at_most = params.checkpoint, params.faults.skip_at_most
     settings = LoopSettings(context.name, steps, tuple(shown), checkpoint.every_steps, checkpoint.every_minutes)
     kept = Checkpoints(context.state / FAULTS, at_most + 1, "fault", context.records)
     faults = Faults(kept, at_most, f"{context.command} --replay")
     checkpoints = Checkpoints(context.checkpoints, checkpoint.keep, writes=context.records)
+    begun = partial(_note_kernels, run, trainer)
     # pyrefly: ignore[bad-argument-type]
-    return fit(trainer, source, objective, settings, run.recorder, checkpoints, hook, faults)
+    return fit(trainer, source, objective, settings, run.recorder, checkpoints, hook, faults, begun)
+
+
+def _note_kernels(run: Run, trainer: Trainer[Any]) -> None:
+    """Record which attention and head the run computes with; on a GPU, print them."""
+    from posttrain.models.packed import attention_name
+    from posttrain.models.policy import head_name
+
+    with trainer.accelerator.autocast():
+        attention, head = (find(trainer.unwrapped, trainer.accelerator.device) for find in (attention_name, head_name))
+    run.recorder.kernels(attention, head)
+    if trainer.accelerator.device.type != "cpu":
+        announce(run.context, f"attention: {attention}")
+        announce(run.context, f"head: {head}")
 
 
 def merged_model(

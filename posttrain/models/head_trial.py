@@ -2,7 +2,7 @@
 
 The trial runs before the first use. Kernels are taken if their numbers are those of single operators and they take less time. The same is
 done for the product that adds a tile to the gradients. In deterministic mode the clock has no say: kernels are taken if their numbers are
-right.
+right. What the clock has chosen is kept with a run's checkpoints (posttrain/choices.py).
 
 A kernel that does not compile, such as for lack of a C compiler, costs speed and not the run.
 
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from posttrain.choices import changes, choose, chosen, name_of
 from posttrain.models.head_tiles import SINGLE_OPERATORS, RowGradients, Sums, TileWork
 from posttrain.models.kernel_trial import FAULTS
 from posttrain.text import reason_of
@@ -72,12 +73,18 @@ def choice(device: torch.device, product: torch.dtype, hidden: int, vocabulary: 
     if device.type not in KERNELS:
         return Choice(SINGLE_OPERATORS, "single operators")
     fixed = torch.are_deterministic_algorithms_enabled()
-    return _choice(KERNELS[device.type], device, product, hidden, min(vocabulary, WORDS), fixed)
+    return _choice(KERNELS[device.type], device, product, hidden, min(vocabulary, WORDS), fixed, changes())
 
 
 @cache
 def _choice(
-    find: Callable[[], Kernels], device: torch.device, product: torch.dtype, hidden: int, words: int, fixed: bool
+    find: Callable[[], Kernels],
+    device: torch.device,
+    product: torch.dtype,
+    hidden: int,
+    words: int,
+    fixed: bool,
+    _: int,
 ) -> Choice:
     try:
         kernels = find()
@@ -112,7 +119,11 @@ def _verdict(trial: _Tile | _Addition, kernels: Kernels, device: torch.device, f
         return False, f"{kernels.name} cannot be used here: {fault}"
     if fixed:
         return True, "right; deterministic mode does not time them"
+    name = f"{name_of(device)}: {kernels.name} for {trial.name}"
+    if (known := chosen(name)) is not None:
+        return bool(known), "as chosen by the clock when this run began"
     own, other = (milliseconds(lambda work=work: trial.run(work), device) for work in (theirs, ours))  # type: ignore[misc]
+    choose(name, own < other)
     return own < other, f"{own:.3g} ms a tile, single operators {other:.3g} ms"
 
 
@@ -142,6 +153,7 @@ class _Tile:
     """A tile of logits in which words of all places are the most probable one of some row, so that none can be missed unseen."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, words: int) -> None:
+        self.name = f"tiles of {words} words in {dtype}"
         generator = torch.Generator(device).manual_seed(0)
         given: dict[str, Any] = {"generator": generator, "device": device}
         product, row = torch.randn(TOKENS, words, **given), torch.arange(TOKENS, device=device)
@@ -182,6 +194,7 @@ class _Addition:
     """The product that adds a tile to the gradient of the head's matrix, [words, hidden] in float32."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, words: int, hidden: int) -> None:
+        self.name = f"sums of products in {dtype}, {words} by {hidden}"
         generator = torch.Generator(device).manual_seed(0)
         shapes = ((words, hidden), (TOKENS, words), (TOKENS, hidden))
         total, tile, states = (torch.randn(shape, generator=generator, device=device) for shape in shapes)

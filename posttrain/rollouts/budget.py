@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import torch
 
+from posttrain.choices import choose, chosen, name_of
 from posttrain.errors import RolloutError
 from posttrain.rollouts.engine import MAX_TOKENS
 
 SHARE = 0.7
 """Share of the free memory. The rest is for the prefill of prompts, for logits, and for one layer's copy when slots are rearranged."""
+KEPT_SHARE = 0.8
+"""Share of the free memory that a number which was found before may take: it changes the batches, and so the last bits of answers."""
 LEADING_BITS = 3
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 2**14, 2**11
 """Most prompt tokens of one forward pass. More than these are no faster on a CPU, where they would only take memory."""
@@ -31,6 +34,8 @@ def prefill_tokens(device: str) -> int:
 def max_tokens(device: torch.device, token_bytes: int) -> int:
     """Return the most tokens to store on `device` at `token_bytes` each.
 
+    A number that was found before is kept as long as it fits, also by a run that is resumed.
+
     Raises:
         RolloutError: not one token fits.
     """
@@ -39,13 +44,18 @@ def max_tokens(device: torch.device, token_bytes: int) -> int:
         return MAX_TOKENS
     free, _ = module.mem_get_info(device)
     # what torch has reserved and no tensor uses is free as well
-    reusable = module.memory_reserved(device) - module.memory_allocated(device)
-    found = tokens_in(free + reusable, token_bytes)
+    usable = free + module.memory_reserved(device) - module.memory_allocated(device)
+    name = f"{name_of(device)}: stored tokens of {token_bytes} bytes"
+    known = chosen(name)
+    if known is not None and known * token_bytes <= KEPT_SHARE * usable:
+        return known
+    found = tokens_in(usable, token_bytes)
     if found == 0:
         raise RolloutError(
             f"{device} has {free / 2**20:.0f} MiB free, too little to store a single token's keys and values while sampling;"
             " use a smaller model, lora, or a device that no other process uses"
         )
+    choose(name, found)
     return found
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posttrain.choices import follow, made
 from posttrain.errors import RolloutError, StaleWeightsError
 from posttrain.models.plain import plain_state, trained_names
 from posttrain.models.reach import probe_ids
@@ -32,6 +33,8 @@ from posttrain.rollouts.shared_memory import SharedTensors, entries
 from posttrain.rollouts.tolerance import BFLOAT16, FLOAT32
 
 PROBE_TOKENS = 32
+OWN = "sampling process: "
+"""Begin of the names of that process's choices among the trainer's, whose GPU may have less free memory."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class ProcessEngine:
             header, content = self._exchange(asked)
         finally:
             self.free.put(taken.slot)
+        follow({OWN + name: value for name, value in header["choices"].items()})
         self._prove(header["probe"], taken.probe)
         return unpacked(from_bytes(content))
 
@@ -156,6 +160,7 @@ class ProcessEngine:
                 "threads": torch.get_num_threads(),
                 "deterministic": torch.are_deterministic_algorithms_enabled(),
                 "probe": self.probe,
+                "choices": {k.removeprefix(OWN): v for k, v in made().items() if k.startswith(OWN)},
             }
         )
         whole.close()

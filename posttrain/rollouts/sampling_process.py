@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from posttrain.choices import follow, made
 from posttrain.errors import PosttrainError, memory_fault
 from posttrain.guard import signal_at_parents_death
 from posttrain.models.allocator import keep_heap
@@ -61,6 +62,7 @@ class _Sampler:
     def __init__(self, start: Mapping[str, Any]) -> None:
         torch.set_num_threads(start["threads"])
         set_kernels(start["deterministic"])
+        follow(start["choices"])
         self.lm = build(start)
         whole = SharedTensors([Entry(*entry) for entry in start["whole"]["layout"]], start["whole"]["descriptor"])
         for name, tensor in [*self.lm.named_parameters(remove_duplicate=False), *self.lm.named_buffers()]:
@@ -89,7 +91,8 @@ class _Sampler:
         asked = [Request(tuple(prompt), tuple(map(tuple, seeds))) for prompt, seeds in request["requests"]]
         settings = SamplingSettings(request["max_new_tokens"], request["temperature"])
         answers = to_bytes(packed(self.engine.sample(asked, settings)))
-        return {"probe": probe_logprobs(self.lm, self.probe, self.bf16), "bytes": len(answers)}, answers
+        probe = probe_logprobs(self.lm, self.probe, self.bf16)
+        return {"probe": probe, "choices": made(), "bytes": len(answers)}, answers
 
 
 @torch.no_grad()

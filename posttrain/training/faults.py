@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from posttrain.choices import follow, made
 from posttrain.data.tokens import Tokens
 from posttrain.errors import CheckpointError, NotFiniteError
 from posttrain.training.checkpoint import Checkpoints
@@ -74,7 +75,8 @@ class Faults:
 
 def snapshot(trainer: Trainer[Row], source: Mapping[str, Any], generators: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a run's state that a fault needs for its replay, after waiting for answers that are being sampled."""
-    return {"trainer": trainer.state_dict(), "source": settled(dict(source)), "random": dict(generators)}
+    state = {"trainer": trainer.state_dict(), "source": settled(dict(source)), "random": dict(generators)}
+    return state | {"choices": made()}
 
 
 def repeat(trainer: Trainer[Row], source: BatchSource[Row], objective: Objective[Row], folder: Path) -> str:
@@ -89,6 +91,7 @@ def repeat(trainer: Trainer[Row], source: BatchSource[Row], objective: Objective
         raise CheckpointError(
             f"{folder} is a checkpoint, not a saved fault; saved faults are in the folder `faults` next to it"
         )
+    follow(state.get("choices", {}))
     trainer.load_state_dict(state["trainer"])
     source.load_state_dict(state["source"])
     set_random_state(state["random"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,8 +19,10 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from posttrain.distributed import all_reduce_max, any_rank, broadcast_state, on_one_host
+from posttrain.choices import follow
+from posttrain.distributed import agree_on_choices, all_reduce_max, any_rank, broadcast_state, on_one_host
 from posttrain.errors import CheckpointError, Interrupted, NotFiniteError
+from posttrain.models.policy import head_name
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.faults import Faults, snapshot
 from posttrain.training.own_checkpoints import OwnCheckpoints
@@ -71,16 +73,20 @@ def fit(
     checkpoints: Checkpoints | OwnCheckpoints | None = None,
     hook: StepHook | None = None,
     faults: Faults | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train to the end, resuming from the newest complete checkpoint. Return the latest value of every metric.
 
-    Without `checkpoints` the run cannot be resumed. Without `faults` no fault may be skipped and none is saved.
+    Without `checkpoints` the run cannot be resumed. Without `faults` no fault may be skipped and none is saved. `begun` is called
+    before the first step, after a checkpoint was loaded.
 
     Raises:
         Interrupted: the recorder reports that a signal asked the run to stop; a checkpoint has been written.
         NotFiniteError: a numerical fault that may not be skipped.
     """
     first, last = _resume(trainer, source, recorder, checkpoints, faults)
+    _choose(trainer)
+    begun()
     saved_at = time.monotonic()
     # pyrefly: ignore[no-matching-overload]
     bar = tqdm(
@@ -120,6 +126,13 @@ def fit(
     if checkpoints is not None:
         checkpoints.wait()
     return last
+
+
+def _choose(trainer: Trainer[Row]) -> None:
+    """Choose the functions that compute the head, alike in all processes: those that split layers compute the same rows."""
+    with trainer.accelerator.autocast():
+        head_name(trainer.unwrapped, trainer.accelerator.device)
+    agree_on_choices(trainer.accelerator)
 
 
 def _one_step(
@@ -226,6 +239,7 @@ def _resume(
         recorder.truncate_after(0)
         return 0, {}
     step, state = found
+    follow(state.get("choices", {}))
     trainer.load_state_dict(state["trainer"])
     source.load_state_dict(state["source"])
     set_random_state(state["random"])
@@ -265,5 +279,7 @@ def _newest(accelerator: Accelerator, checkpoints: Checkpoints | OwnCheckpoints)
 def _state(
     trainer: Trainer[Row], source: BatchSource[Row], last: Mapping[str, float], faults: Faults | None
 ) -> dict[str, Any]:
+    # a run that goes on must choose like one that resumes from here
+    agree_on_choices(trainer.accelerator)
     state = snapshot(trainer, source.state_dict(), random_state())
     return state | {"last": dict(last), "skipped": faults.skipped if faults is not None else 0}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from posttrain import choices
 from posttrain.models import head_tiles, head_trial, logprobs
 from posttrain.models.head_tiles import SINGLE_OPERATORS, RowGradients, Sums, TileWork
 from posttrain.models.head_trial import KERNELS, Kernels, choice
@@ -65,6 +66,7 @@ def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, work: TileWork, dtypes: frozenset[torch.dtype] = WIDE) -> None:
+    monkeypatch.setattr(choices, "_MADE", {})
     monkeypatch.setitem(KERNELS, "cpu", lambda: Kernels("kernels", work, dtypes, (LookupError,)))
 
 

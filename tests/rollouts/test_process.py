@@ -16,23 +16,26 @@ from typing import NoReturn
 import pytest
 import torch
 
+from posttrain import choices
 from posttrain.errors import RolloutError, StaleWeightsError
 from posttrain.models.lora import Adapter
 from posttrain.models.plain import plain_state
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
-from posttrain.rollouts.process import ProcessEngine
+from posttrain.rollouts.process import OWN, ProcessEngine
 from posttrain.rollouts.sampling_process import serve
 from posttrain.settings import LoraSettings
 from tests.models import small
 
 SETTINGS = SamplingSettings(8, 0.8)
+CHOSEN = {"tokens": 5, OWN + "tokens": 7}
 REQUESTS = [Request((5, 6, 7), ((0, 0), (0, 1))), Request((9, 10), ((1, 0),))]
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ProcessEngine]:
     """A process for a policy with tied embeddings."""
+    choices.follow(CHOSEN)
     made = ProcessEngine(small.tied_llama(), small.EOS, slots=2)
     yield made
     made.close()
@@ -55,6 +58,17 @@ def test_every_snapshot_samples_as_the_policy_did_when_it_was_taken(engine: Proc
     assert expected[0] != expected[1]
     # both snapshots were taken before the first was used
     assert [engine.sample_with(each, REQUESTS, SETTINGS) for each in taken] == expected
+
+
+def test_the_process_follows_the_choices_of_the_one_before_it(
+    engine: ProcessEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They came with its start, and its answers bring them to the checkpoint."""
+    taken = engine.snapshot(SETTINGS)
+    monkeypatch.setattr(choices, "_MADE", {})
+    engine.sample_with(taken, REQUESTS, SETTINGS)
+    # the trainer's own were not sent there
+    assert choices.made() == {OWN + "tokens": 7}
 
 
 def test_weights_that_were_not_taken_over_stop_the_run(engine: ProcessEngine) -> None:

@@ -70,6 +70,7 @@ def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_
     assert [(state["rank"], state["x"].tolist()) for state in two["state"]] == [(0, [0, 1, 2])] * 2
     assert two["texts"] == ["key 0", "key 1"]
     assert one["texts"] == ["key 0"]
+    assert two["choices"] == [{"both": 10, "of 0": 1, "of 1": 1}] * 2
     assert two["resumed"].keys() == one["resumed"].keys()
     assert all(torch.allclose(two["resumed"][name], value, atol=1e-8) for name, value in one["resumed"].items())
     for name in NAMES:

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from posttrain import choices
 from posttrain.algorithms import PRESETS
 from posttrain.data.tokens import Tokens
-from posttrain.distributed import broadcast_state, gather_texts
+from posttrain.distributed import agree_on_choices, broadcast_state, gather_texts
 from posttrain.errors import NumericalError
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.ahead import Ahead, Background
@@ -49,6 +50,9 @@ def results(accelerator: Accelerator) -> dict[str, object]:
         [broadcast_state(accelerator, {"rank": accelerator.process_index, "x": torch.arange(3)})]
     )
     found["texts"] = gather_texts(accelerator, f"key {accelerator.process_index}")
+    choices.follow({"both": 10 + accelerator.process_index, f"of {accelerator.process_index}": 1})
+    agree_on_choices(accelerator)
+    found["choices"] = gather_object([choices.made()])
     # every process has its own id, and all must learn from what one of them was told
     drawn.rewards = [FunctionReward("varied", process_ids)]
     found["judged"] = gather_object([[a.reward for a in drawn.sample()[0]]])
