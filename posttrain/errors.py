@@ -110,8 +110,10 @@ class Interrupted(PosttrainError):
     exit_code = 143
 
 
-_REFUSED = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|CUDA out of memory")
-"""How torch reports a lack of memory on the CPU, which has no separate type."""
+_REFUSED = re.compile(
+    r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|CUDA(?: error:)? out of memory|_STATUS_ALLOC_FAILED"
+)
+"""How torch reports a lack of memory without a separate type: on the CPU, by the driver, and by cuBLAS and cuDNN."""
 
 
 def memory_fault(error: BaseException) -> str | None:

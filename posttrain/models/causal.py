@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models.reach import probe_ids, trial_length
+from posttrain.models.refusals import ends
 from posttrain.settings import context_limit
 
 CAUSAL_TOLERANCE = 1e-4
@@ -69,10 +70,10 @@ def _outputs(model: PreTrainedModel, ids: Tensor, source: str | Path) -> tuple[T
     try:
         hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    except torch.OutOfMemoryError:
-        raise
     # models of other modalities want other inputs and may raise anything; the error becomes the reason
     except Exception as error:
+        if ends(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{source}: {type(model).__name__} does not compute logits from a row of token ids ({type(error).__name__}: {reason});"

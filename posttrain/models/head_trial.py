@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from posttrain.choices import changes, choose, chosen, name_of
 from posttrain.models.head_tiles import SINGLE_OPERATORS, RowGradients, Sums, TileWork
 from posttrain.models.kernel_trial import FAULTS
+from posttrain.models.refusals import counts, refused
 from posttrain.text import reason_of
 
 TOKENS, WORDS, REPEATS = 2048, 2**14, 5
@@ -89,6 +90,8 @@ def _choice(
     try:
         kernels = find()
     except (ImportError, RuntimeError) as error:
+        if not counts(error):
+            raise
         return Choice(SINGLE_OPERATORS, f"single operators, because there are no kernels here ({reason_of(error)})")
     if product not in kernels.dtypes:
         return Choice(SINGLE_OPERATORS, f"single operators, because {kernels.name} do not take {product}")
@@ -111,10 +114,10 @@ def _verdict(trial: _Tile | _Addition, kernels: Kernels, device: torch.device, f
     ours, theirs = SINGLE_OPERATORS, kernels.work
     try:
         fault = trial.fault_of(theirs)
-    except torch.OutOfMemoryError:
-        raise
     except (*FAULTS, *kernels.faults) as error:
-        fault = reason_of(error)
+        if not counts(error):
+            raise
+        fault = refused(error)
     if fault:
         return False, f"{kernels.name} cannot be used here: {fault}"
     if fixed:

@@ -3,6 +3,8 @@
 The trial has a prompt that two responses share, and a separate row. Outputs and gradients must be those of attention with masks in
 float32 on the CPU, up to the rounding of the kernel's dtype. A wrong mask or offset changes them by as much as they are.
 
+A lack of memory, a lost device and a failed assertion of this package are no refusals: they end the run.
+
 Example:
     >>> reason = refusal_of(torch.device("cuda", 0), torch.bfloat16, (4, 2, 64))
     >>> torch.cuda.is_available() or bool(reason)
@@ -21,8 +23,8 @@ from posttrain.data.offsets import Segment, by_offsets
 from posttrain.data.transfer import together
 from posttrain.models.flash import leave_newest
 from posttrain.models.kernels import PLAIN, Scores, attention
+from posttrain.models.refusals import counts, refused
 from posttrain.models.varlen import KERNELS, Kernel, varlen_attention
-from posttrain.text import reason_of
 
 SEGMENTS = (
     Segment(range(0), range(5)),
@@ -33,7 +35,7 @@ SEGMENTS = (
 TOKENS, WINDOW, ROUNDINGS = 18, 3, 8
 """Tokens of the trial, its window, and the largest difference in roundings of the largest number."""
 FAULTS = (RuntimeError, AssertionError, TypeError, AttributeError, ImportError, NotImplementedError)
-"""Errors of a kernel that is absent, refuses the device or the heads, or has a different signature."""
+"""Errors of a kernel that is absent, refuses the device or the heads, or has a different signature; see `counts` for the exceptions."""
 
 
 def refusal(query: Tensor, key: Tensor, scores: Scores) -> str:
@@ -77,10 +79,10 @@ def _tried(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]
         found = _results(
             lambda q, k, v, s: varlen_attention(q, k, v, there, Scores(window=window, sinks=s)), moved, moved_outer
         )
-    except torch.OutOfMemoryError:
-        raise
     except FAULTS as error:
-        return reason_of(error)
+        if not counts(error):
+            raise
+        return refused(error)
     wide = [each.float() for each in given]
     expected = _results(lambda q, k, v, s: _by_masks(q, k, v, window, s), wide, outer.float())
     # a maximum of PyTorch is NaN if one number is

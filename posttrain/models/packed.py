@@ -15,7 +15,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,7 @@ from posttrain.models.kernels import Scores, attention, stores_scores
 from posttrain.models.last_layer import narrow_last_layer
 from posttrain.models.plain_layer import join_layers
 from posttrain.models.reach import SMALL_WINDOW, find_reach, probe_ids, shrunk
+from posttrain.models.refusals import ends
 from posttrain.models.varlen import takes_size, varlen_attention
 from posttrain.settings import CONTEXT_PARALLEL
 
@@ -215,10 +216,10 @@ def prepare(model: PreTrainedModel) -> bool:
         reach = find_reach(model.config, partial(_packs_long, model, before), partial(_packs_in, model)) if packs else 0
         setattr(model, REACH, reach)
         packs = getattr(model, REACH) != 0
-    except torch.OutOfMemoryError:
-        raise
     # padded rows are the model's own way of computing
-    except OTHER_MIXERS:
+    except OTHER_MIXERS as error:
+        if ends(error):
+            raise
         packs = False
     if not packs:
         # pyrefly: ignore[bad-argument-type]
@@ -236,9 +237,9 @@ def _narrows(model: PreTrainedModel, batch: TokenBatch, own: Tensor) -> bool:
             _agree(_probed(model, batch, partial(_packed, reads=reads))[reads.tokens], own[reads.tokens])
             for reads in (batch.predicting(), batch.ending())
         )
-    except torch.OutOfMemoryError:
-        raise
-    except OTHER_MIXERS:
+    except OTHER_MIXERS as error:
+        if ends(error):
+            raise
         return False
 
 
@@ -326,10 +327,35 @@ def attention_name(module: nn.Module, device: torch.device) -> str:
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             size,
         )
-        reason = refusal_of(device, torch.get_autocast_dtype(device.type), heads)
-        flash = f"FlashAttention{version()} by offsets"
-        name = f"{name}, because {flash} {REFUSED} ({reason})" if reason else flash
+        name = _by_offsets(name, _kinds(model), device, heads)
     return name if reach is None else f"{name}; over padded rows beyond {reach} tokens"
+
+
+def _by_offsets(
+    masks: str, kinds: Sequence[tuple[str, Scores]], device: torch.device, heads: tuple[int, int, int]
+) -> str:
+    """Return the name of attention by offsets, with the kinds of layers for which its kernel failed the trial."""
+    dtype = torch.get_autocast_dtype(device.type)
+    reasons = {words: refusal_of(device, dtype, heads, scores) for words, scores in kinds}
+    flash = f"FlashAttention{version()} by offsets"
+    failed = {words: reason for words, reason in reasons.items() if reason}
+    if len(set(failed.values())) == 1 and len(failed) == len(kinds):
+        return f"{masks}, because {flash} {REFUSED} ({next(iter(failed.values()))})"
+    return "; ".join(
+        [flash, *(f"{masks} {words}, for which it {REFUSED} ({reason})" for words, reason in failed.items())]
+    )
+
+
+def _kinds(model: PreTrainedModel) -> list[tuple[str, Scores]]:
+    """Return the kinds of a model's layers that its kernel is tried for, each with its name."""
+    config = model.config.get_text_config()
+    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    types = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"]
+    sinks = next((p for name, p in model.named_parameters() if name.endswith(".sinks")), None)
+    kinds = {"in layers with a window": 1} if any(each == "sliding_attention" for each in types) else {}
+    if any(each != "sliding_attention" for each in types):
+        kinds["in layers without a window"] = 0
+    return [(words, Scores(window=window or None, sinks=sinks)) for words, window in sorted(kinds.items())]
 
 
 def _packed(model: PreTrainedModel, batch: TokenBatch, reads: Reads | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from posttrain.data.transfer import together
 from posttrain.models.reach import PLAIN_LENGTH, SMALL_WINDOW, find_reach, probe_ids, shrunk
+from posttrain.models.refusals import ends
 from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded, is_tensor_parallel
 from posttrain.rollouts.budget import prefill_tokens
 from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
@@ -181,10 +182,10 @@ class Decoder:
                     probe.check_continued()
                 # in a window the padding between old and new columns would count
                 self._continues = self.reach is None and not self.windowed
-            except torch.OutOfMemoryError:
-                raise
             # as for packed batches: a model of an unusual kind refuses, and its prompts are then computed whole
-            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+                if ends(error):
+                    raise
                 self._continues = False
         return self._continues
 
@@ -332,10 +333,10 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
             with probe.decoding(), InFloat32() if gathers_bf16(lm) else nullcontext():
                 probe.check()
                 reach = find_reach(lm.config, probe.agrees, probe.agrees_in)
-        except torch.OutOfMemoryError:
-            raise
         # an unusual model may raise anything; the reason is reported, and `generate` raises again if it is not about the cache
         except Exception as error:
+            if ends(error):
+                raise
             reason = reason_of(error)
         else:
             if reach == 0:

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from posttrain.errors import RolloutError
 from posttrain.models.reach import probe_ids, trial_length
+from posttrain.models.refusals import ends
 from posttrain.rollouts.drawing import completion, draw, noise
 from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings, end_ids
 from posttrain.settings import context_limit
@@ -107,9 +108,9 @@ def confirm_generate(lm: PreTrainedModel, longest: int = 0) -> None:
         # two answers: some states are wrong only in a batch of several rows (RWKV)
         asked = [Request(prompt, ((0,), (1,)))]
         [answers] = GenerateEngine(lm, ()).sample(asked, SamplingSettings(new_tokens, 1.0))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # an unusual cache may raise anything; the error names the reason
+        if ends(error):
+            raise
         raise RolloutError(
             f"{type(lm).__name__} cannot be sampled by transformers' generate ({reason_of(error)}); use it for SFT,"
             " a reward model or preferences, or choose another architecture, such as Qwen3 or Llama"

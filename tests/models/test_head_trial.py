@@ -168,6 +168,16 @@ def test_wrong_kernels_are_named_and_single_operators_compute(fault: str, monkey
     assert words in name
 
 
+@pytest.mark.parametrize("part", TileWork._fields)
+def test_a_lack_of_memory_is_no_refusal(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    offer(monkeypatch, OWN._replace(**{part: refused}))
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        chosen()
+
+
 def test_a_wrong_addition_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, OWN._replace(add_product=lambda total, left, right: total.copy_(left.float() @ right.float())))
     work, name = chosen()

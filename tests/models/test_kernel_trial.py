@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from posttrain.data.batches import collate
 from posttrain.data.layout import attended_parts
 from posttrain.data.tokens import Tokens
-from posttrain.models import flash
+from posttrain.models import flash, refusals
 from posttrain.models.kernel_trial import refusal_of
 from posttrain.models.kernels import PLAIN, Scores
 from posttrain.models.packed import _attended
@@ -88,6 +89,46 @@ def test_a_wrong_kernel_is_named_and_masks_compute_instead(fault: str, monkeypat
     ]
     found, expected = (_attended(attended_parts(batch.families, by), *states, PLAIN)[0] for by in (True, False))
     assert torch.equal(found, expected)
+
+
+def raising(error: Exception) -> Callable[..., Forward]:
+    def forward(*_: Any) -> Forward:
+        raise error
+
+    return forward
+
+
+def with_a_false_assertion(*_: Any) -> Forward:
+    """Fail in a line of this package."""
+    code = compile("assert not 'as expected'", str(refusals.PACKAGE / "models" / "kernel.py"), "exec")
+    return eval(code)  # type: ignore[no-any-return]
+
+
+ENDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "memory": (raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), "CUDA out of memory"),
+    "memory of the driver": (raising(RuntimeError("CUDA error: out of memory")), "out of memory"),
+    "memory of cuBLAS": (
+        raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")),
+        "ALLOC_FAILED",
+    ),
+    "memory of the machine": (raising(MemoryError("cannot allocate")), "cannot allocate"),
+    "lost device": (raising(RuntimeError("CUDA error: an illegal memory access was encountered")), "illegal memory"),
+    "own assertion": (with_a_false_assertion, "^$"),
+}
+
+
+@pytest.mark.parametrize("fault", ENDS)
+def test_errors_that_masks_would_only_hide_end_the_run(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, words = ENDS[fault]
+    monkeypatch.setitem(KERNELS, "cpu", lambda: Kernel(forward, reference.backward))
+    with pytest.raises((RuntimeError, MemoryError, AssertionError), match=words):
+        refusal_of(CPU, torch.float32, (4, 2, 8))
+
+
+def test_a_refusal_names_the_line_that_called_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "cpu", lambda: Kernel(raising(AssertionError("head size")), reference.backward))
+    reason = refusal_of(CPU, torch.float32, (4, 2, 8))
+    assert re.fullmatch(r"AssertionError: head size, at posttrain/models/varlen\.py:\d+", reason)
 
 
 def test_hooks_of_recomputed_layers_do_not_run_in_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,6 +263,23 @@ def test_the_attention_is_named(
         torch.set_autocast_enabled(device, False)
 
 
+def test_layers_for_which_the_kernel_is_refused_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = ["no windows", ""]
+    monkeypatch.setattr("posttrain.models.packed.refusal_of", lambda *given: reasons[0 if given[3].window else 1])
+    policy = small.policy()
+    policy.lm.config.layer_types = ["sliding_attention", "full_attention"]
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        found = attention_name(policy, torch.device("cuda"))
+        reasons[1] = "no kernel"
+        both = attention_name(policy, torch.device("cuda"))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    of_windows = f"{MASKS} in layers with a window, for which it cannot be used here (no windows)"
+    assert found == f"FlashAttention by offsets; {of_windows}"
+    assert both == f"{found}; {MASKS} in layers without a window, for which it cannot be used here (no kernel)"
+
+
 def test_a_policy_on_a_cpu_keeps_its_masks() -> None:
     batch = collate(ROWS).to(torch.device("cpu"))
     assert not any(isinstance(part, ByOffsets) for part in (*batch.parts, *batch.predicting().parts))
