@@ -39,11 +39,12 @@ FILES = 8
 """Files of a table that are looked into."""
 
 
-def problems(params: Params) -> list[str]:
-    """Return one line for each source, import path or column that a run would not find."""
+def problems(params: Params, packages: bool = True) -> list[str]:
+    """Return one line for each source, import path or column that a run would not find, and missing packages if `packages` is set."""
     return [
         *_functions(params),
-        *_services(params),
+        *_judge(params),
+        *(missing_packages(params) if packages else ()),
         *model_problems(params),
         *adapter_problems(params),
         *_data(params),
@@ -54,15 +55,23 @@ def problems(params: Params) -> list[str]:
     ]
 
 
-def _services(params: Params) -> Iterator[str]:
-    """Yield missing packages of benchmarks and low-bit training, and a judge whose server the environment does not name."""
+def _judge(params: Params) -> Iterator[str]:
+    """Yield that a judge has no server, because the environment names none."""
     judges = [name for name, reward in params.rewards.items() if reward.function == "judge"]
+    if judges:
+        yield from _failures([(f"rewards.{judges[0]}", lambda: server_of_environment(None))])
+
+
+def missing_packages(params: Params) -> list[str]:
+    """Return one line for each package of benchmarks or low-bit training that is not installed."""
     checks: list[tuple[str, Callable[[], object]]] = []
     if params.evaluation.benchmarks is not None:
         checks.append(("evaluation.benchmarks", require_package))
-    if judges:
-        checks.append((f"rewards.{judges[0]}", lambda: server_of_environment(None)))
     checks += [(key, partial(require_extra, *needed)) for key, *needed in _extras(params)]
+    return list(_failures(checks))
+
+
+def _failures(checks: list[tuple[str, Callable[[], object]]]) -> Iterator[str]:
     for key, check in checks:
         try:
             check()

@@ -2,11 +2,13 @@
 
     posttrain plan
     posttrain plan --memory 80        # for a device with 80 GiB
+    posttrain plan --device cuda --memory 80     # for a GPU that this machine does not have
     posttrain plan --params other.yaml
     posttrain plan --workers 8        # how long with up to 8 stages side by side
 
-Memory is computed from the model's configuration; no weights are loaded. It is the memory of one process. If POSTTRAIN_ACCELERATE names
-an FSDP2 configuration, its processes share weights, gradients and moments; each also gathers embeddings, head and two layers.
+Memory is computed from the model's configuration: of a folder only config.json is read. It is the memory of one process. If
+POSTTRAIN_ACCELERATE names an FSDP2 configuration, its processes share weights, gradients and moments; each also gathers embeddings,
+head and two layers. With `engine: vllm` on a GPU a line gives the share of a server next to the trainer.
 Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables if `data` has not changed since,
 else those of the local files, or the number that `data` asks for. Times are those of this machine's last steps.
 The last lines say which difference of two algorithms the present seeds and prompts can show, from finished runs.
@@ -18,24 +20,26 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.calibrate import power
 from pipelines.commands.forecast import rows_by_table, seconds_by_stage, steps_by_stage, time_line, too_long_warmups
-from pipelines.commands.lookahead import problems
+from pipelines.commands.lookahead import missing_packages, problems
 from pipelines.commands.notes import notes
+from pipelines.commands.server_share import server_lines
 from pipelines.config.params import Params, load_params
-from pipelines.config.schema import LoraParams, OnPolicyBudget, OptimizerParams, TrainingComputeParams
+from pipelines.config.schema import OnPolicyBudget
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
 from pipelines.runtime import environment
 from pipelines.runtime.combinations import all_refusals
 from pipelines.runtime.command_line import command_parser, real, reports_errors
 from pipelines.runtime.launch import configuration, sharing_processes
-from pipelines.runtime.launch import processes as launched_processes
 from pipelines.tracking.lockfile import read_lock
+from pipelines.training.planned_memory import models_held, saving, training_options
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import ConfigError
 
@@ -46,15 +50,34 @@ GIB, MIB = 2**30, 2**20
 COLUMNS = ("weights", "optimiser", "activations", "cache", "logits", "temporary", "runtime", "total")
 
 
+SMALLER = ("use a smaller model", "")
+SHARD = ("shard it over devices", "processes")
+ADVICE = {
+    "weights": (SMALLER, SHARD, ("set lora with base_bits: 4", "quantised")),
+    "optimiser": (SMALLER, SHARD, ("set lora", "adapter"), ("set optimizer.moment_bits: 8", "moment_bits"),
+                  ("set optimizer.offload: true", "offloaded")),
+    "activations": (("lower compute.micro_batch_tokens", ""), ("set compute.gradient_checkpointing", "recomputes")),
+    "logits": (("lower compute.micro_batch_tokens", ""),),
+    "cache": (("lower prompts_per_step, samples_per_prompt or max_new_tokens", ""),),
+    "temporary": (SMALLER, ("set lora", "adapter")),
+}  # fmt: skip
+"""What to do about the largest part of the memory, and the option that says that it is done already."""
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One part of a stage. `steps` is 0 if nothing is trained; `tokens` is None if the number of rows is not known yet."""
+    """One part of a stage. `steps` is 0 if nothing is trained; `tokens` is None if the number of rows is not known yet.
+
+    Attributes:
+        used: options of its training that save memory.
+    """
 
     stage: str
     name: str
     steps: int | None
     tokens: int | None
     memory: Memory
+    used: frozenset[str] = frozenset()
 
 
 @reports_errors
@@ -65,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--memory", type=real(0.001, 1e6), metavar="GIB", help="memory of one device in GiB (default: this machine's)"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="kind of the device (default: this machine's)")
     parser.add_argument(
         "--workers",
         type=int,
@@ -74,26 +98,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.workers is not None and args.workers < 1:
         parser.error("--workers must be 1 or more")
+    device = args.device or _device()
+    if device == "cuda" != _device() and args.memory is None:
+        parser.error("--device cuda needs --memory GIB, because this machine has no GPU whose memory could be read")
     path = args.params.resolve() if args.params else environment.root() / "params.yaml"
     os.chdir(environment.root())
     params = load_params(path)
     sys.path.insert(0, os.getcwd())
-    found = [*problems(params), *all_refusals(environment.root(), params, configuration())]
+    found = [*problems(params, packages=False), *all_refusals(environment.root(), params, configuration())]
     if found:
         raise ConfigError("\n".join(found))
     model = model_sizes(params)
     limit = int(args.memory * GIB) if args.memory else device_bytes()
-    planned = [with_runtime(phase) for phase in phases(params, model, limit)]
+    planned = [with_runtime(phase, device) for phase in phases(params, model, limit, device)]
     shown = power(params)
-    print(page(params, model, planned, limit))
+    print(page(params, model, planned, limit, device))
     counted = rows_by_table(params)
     steps = steps_by_stage(params, counted)
     print(f"\n{rows_line(counted)}\n{time_line(params, steps, seconds_by_stage(Path()))}")
     stopping = too_long_warmups(params, steps)
-    print("\n".join(["", *stopping, *notes(params), shown]))
+    servers = list(server_lines(params, _config(params), device, limit))
+    lines = [*stopping, *(server.text for server in servers), *missing_packages(params), *notes(params), shown]
+    print("\n".join(["", *lines]))
     if args.workers:
         print("\n" + workers_table(expected_work(Path(), read_lock(Path()), params), args.workers))
-    return int(bool(stopping) or any(phase.memory.total > limit for phase in planned))
+    fits = all(server.fits for server in servers) and all(phase.memory.total <= limit for phase in planned)
+    return int(bool(stopping) or not fits)
 
 
 def workers_table(work: Mapping[str, Work], most: int) -> str:
@@ -131,34 +161,11 @@ def _config(params: Params) -> Any:
     source = params.model.source
     if is_gguf(source):
         return load_gguf_config(Path(source))
-    return tiny_config(TinyShape(**params.model.tiny.model_dump())) if source == "tiny" else load_config(source)
-
-
-def _adapter(params: Params, lora: LoraParams | None) -> dict[str, Any]:
-    """Return the number of the adapter's parameters, None if all weights are trained, and of the base's parameters in 4 bits."""
-    if lora is None:
-        return {"adapter": None, "quantised": 0}
-    from posttrain.models.lora import adapter_parameters
-
-    return dict(zip(("adapter", "quantised"), adapter_parameters(_config(params), lora.settings()), strict=True))
-
-
-def _options(
-    params: Params, compute: TrainingComputeParams, lora: LoraParams | None, optimizer: OptimizerParams
-) -> dict[str, Any]:
-    """Return the options of `posttrain.planning.training` other than the sizes."""
-    from posttrain.models.context import context_size
-
-    return {
-        **_adapter(params, lora),
-        "device": _device(),
-        "moment_bits": optimizer.moment_bits,
-        "offloaded": optimizer.offload,
-        "bf16": compute.bf16,
-        "recomputes": compute.gradient_checkpointing,
-        "processes": sharing_processes(configuration()),
-        "context": context_size(launched_processes(configuration())),
-    }
+    return (
+        tiny_config(TinyShape(**params.model.tiny.model_dump()))
+        if source == "tiny"
+        else load_config(source, weights=False)
+    )
 
 
 def _device() -> str:
@@ -168,30 +175,36 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def phases(params: Params, model: Sizes, limit: int | None = None) -> Iterator[Phase]:
+def phases(params: Params, model: Sizes, limit: int | None = None, device: str | None = None) -> Iterator[Phase]:
     """Yield every phase that holds a model, in the order of the DAG; all seeds of an algorithm have the same plan.
 
     Args:
         limit: bytes of a device, of whose free part a GPU's sampler uses a share.
+        device: kind of the device; None: this machine's.
     """
     from posttrain.planning import training
 
+    device = device or _device()
+    options = partial(training_options, _config(params), device=device)
     longest = params.validation.max_prompt_tokens + params.validation.max_completion_tokens
     sft, reward = params.sft, params.reward
     counted = rows_by_table(params)
     steps = steps_by_stage(params, counted)
     # with `each`, a row has as many sequences as answers, which are not counted before a run
     rows = None if sft.train_on == "each" else counted["sft"]
-    yield Phase("sft", "train", steps["sft"], _times(rows, sft.epochs * longest),
-                training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora, sft.optimizer)))  # fmt: skip
+    given = options(sft.compute, sft.lora, sft.optimizer)
+    memory = training(model, sft.compute.micro_batch_tokens, **given)
+    yield Phase("sft", "train", steps["sft"], _times(rows, sft.epochs * longest), memory, saving(given))
     pairs = counted["preferences"]
     if reward.enabled and reward.source is None:
-        options = _options(params, reward.compute, reward.lora, reward.optimizer)
-        memory = training(model.with_scalar_head(), reward.compute.micro_batch_tokens, **options)
-        yield Phase("reward", "train", steps["reward"], _times(pairs, 2 * reward.epochs * longest), memory)
+        given = options(reward.compute, reward.lora, reward.optimizer)
+        memory = training(model.with_scalar_head(), reward.compute.micro_batch_tokens, **given)
+        yield Phase(
+            "reward", "train", steps["reward"], _times(pairs, 2 * reward.epochs * longest), memory, saving(given)
+        )
     for name in params.project.algorithms:
-        yield from _alignment(params, name, model, steps[f"align@{name}"], pairs, longest, limit)
-    yield from _evaluation(params, model, counted["evaluation"], limit)
+        yield from _alignment(params, name, model, steps[f"align@{name}"], pairs, longest, limit, options)
+    yield from _evaluation(params, model, counted["evaluation"], limit, device)
 
 
 def _alignment(
@@ -202,47 +215,40 @@ def _alignment(
     pairs: int | None,
     longest: int,
     limit: int | None,
+    options: Callable[..., dict[str, Any]],
 ) -> Iterator[Phase]:
     """Yield the phases of one algorithm."""
     from posttrain.planning import sampling, training
 
     spec, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
-    stage, lora = f"align@{name}", params.align.lora
+    stage, given = f"align@{name}", options(compute, params.align.lora, budget.optimizer)
     if not isinstance(spec, OnPolicy):
-        options = _options(params, compute, lora, budget.optimizer)
-        memory = training(model, compute.micro_batch_tokens, **options)
-        yield Phase(stage, "train", steps, _times(pairs, 2 * spec.epochs * longest), memory)
+        memory = training(model, compute.micro_batch_tokens, **given)
+        yield Phase(stage, "train", steps, _times(pairs, 2 * spec.epochs * longest), memory, saving(given))
         return
     assert isinstance(budget, OnPolicyBudget)
     answers = budget.prompts_per_step * budget.samples_per_prompt
-    separate = int(spec.has_critic and spec.critic == "separate")
-    scored = int(
-        any(params.rewards[source].function == "reward_model" for source in params.algorithms[name].rewards or {})
-    )
     prompt, samples = params.validation.max_prompt_tokens, budget.samples_per_prompt
     length = prompt + budget.max_new_tokens
-    # With an adapter, the frozen base model is also the reference policy.
-    held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (lora is None), **_adapter(params, lora)}
-    options = _options(params, compute, lora, budget.optimizer)
-    held |= {name: options[name] for name in ("moment_bits", "offloaded", "bf16", "device")}
+    shared = ("adapter", "quantised", "moment_bits", "offloaded", "bf16", "device", "processes")
+    held: dict[str, Any] = models_held(params, name) | {key: given[key] for key in shared}
     native, staleness = budget.rollouts.engine == "native", budget.rollouts.staleness
     if native and staleness:
-        # the process that samples ahead holds a model, and shared memory the snapshots for it
-        held["frozen"] += 1 + staleness
+        # the process that samples ahead holds a model, and main memory the snapshots for it
+        own = 0 if os.environ.get("POSTTRAIN_SAMPLER_DEVICES") else 1
+        held["frozen"] += 1 + staleness if given["device"] == "cpu" else own
     # A vLLM server has its cache on its own device.
     here = answers if native else 0
-    shared = sharing_processes(configuration())
     held["bf16"] = native and compute.bf16
-    sampled = sampling(
-        model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, device_bytes=limit, **held
-    )
+    sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, device_bytes=limit, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
-    yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
-    memory = training(model, compute.micro_batch_tokens, **held | options)
-    yield Phase(stage, "train", steps, budget.steps * spec.epochs * answers * length, memory)
+    tokens = budget.steps * rounds * answers * budget.max_new_tokens
+    yield Phase(stage, "sample", 0, tokens, sampled, saving(given))
+    memory = training(model, compute.micro_batch_tokens, **held | given)
+    yield Phase(stage, "train", steps, budget.steps * spec.epochs * answers * length, memory, saving(given))
 
 
-def _evaluation(params: Params, model: Sizes, count: int | None, limit: int | None) -> Iterator[Phase]:
+def _evaluation(params: Params, model: Sizes, count: int | None, limit: int | None, device: str) -> Iterator[Phase]:
     """Yield the phase of the evaluation."""
     from posttrain.planning import sampling
     from posttrain.rollouts.engine import MAX_ROWS
@@ -261,10 +267,12 @@ def _evaluation(params: Params, model: Sizes, count: int | None, limit: int | No
         samples=samples,
         frozen=2 + scored,
         bf16=bf16,
-        device=_device(),
+        device=device,
         device_bytes=limit,
     )
-    yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory)
+    # it has whole models: neither adapters nor other processes help
+    used = frozenset(("processes", "quantised", "adapter"))
+    yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory, used)
 
 
 def _times(count: int | None, factor: int) -> int | None:
@@ -272,13 +280,11 @@ def _times(count: int | None, factor: int) -> int | None:
     return None if count is None else count * factor
 
 
-def with_runtime(phase: Phase) -> Phase:
+def with_runtime(phase: Phase, device: str) -> Phase:
     """Return the phase with the memory of the libraries, which share a machine's memory with the model if there is no GPU."""
-    import torch
-
     from posttrain.planning import RUNTIME_BYTES
 
-    runtime = 0 if torch.cuda.is_available() else RUNTIME_BYTES
+    runtime = RUNTIME_BYTES if device == "cpu" else 0
     return replace(phase, memory=replace(phase.memory, runtime=runtime))
 
 
@@ -291,12 +297,13 @@ def device_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def page(params: Params, model: Sizes, planned: Sequence[Phase], limit: int) -> str:
+def page(params: Params, model: Sizes, planned: Sequence[Phase], limit: int, device: str = "cpu") -> str:
     """Return the plan as text."""
-    seeds = len(params.project.seeds)
+    seeds, shared = len(params.project.seeds), sharing_processes(configuration())
     lines = [
         f"model: {model.parameters:,} parameters ({params.model.source}); {seeds} seed{'s' * (seeds > 1)} per algorithm;"
-        f" a device has {limit / GIB:.1f} GiB\n",
+        f" a {'GPU' if device == 'cuda' else 'device'} has {limit / GIB:.1f} GiB"
+        f"{f'; {shared} processes share weights, gradients and moments' if shared > 1 else ''}\n",
         _cells(["stage", "phase", "optimiser steps", "max. tokens", *COLUMNS]),
     ]
     lines += [
@@ -313,19 +320,13 @@ def rows_line(counted: Mapping[str, int | None]) -> str:
 
 
 def _too_large(phase: Phase, limit: int) -> str:
-    """Return a message with the largest part of a phase that does not fit, and advice."""
-    advice = {
-        "weights": "use a smaller model, shard it over devices, or set lora with base_bits: 4",
-        "optimiser": "use a smaller model, shard it over devices, set lora, or set optimizer.moment_bits: 8 or optimizer.offload: true",
-        "activations": "lower compute.micro_batch_tokens, or set compute.gradient_checkpointing",
-        "logits": "lower compute.micro_batch_tokens",
-        "cache": "lower prompts_per_step, samples_per_prompt or max_new_tokens",
-        "temporary": "use a smaller model, or set lora",
-    }  # fmt: skip
-    largest = max(advice, key=lambda column: int(getattr(phase.memory, column)))
+    """Return a message with the largest part of a phase that does not fit, and advice that its settings do not follow yet."""
+    largest = max(ADVICE, key=lambda column: int(getattr(phase.memory, column)))
+    *most, last = [words for words, setting in ADVICE[largest] if setting not in phase.used]
+    advice = f"{', '.join(most)}, or {last}" if most else last
     return (
         f"\n{phase.stage} ({phase.name}) does not fit: it needs {_bytes(phase.memory.total)} of {_bytes(limit)}, most of it for {largest};"
-        f" {advice[largest]}."
+        f" {advice}."
     )
 
 

@@ -84,7 +84,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     check_critic(spec, encoder, longest)
     reference = _teacher(section.teacher, encoder, longest, device) or _reference(made, start, device)
     engine = sampling_engine(
-        context, budget, policy.lm, encoder, start, training_problems, device, version=lambda: trainer.updates
+        context, name, policy.lm, encoder, start, training_problems, device, version=lambda: trainer.updates
     )
     sampler = GroupSampler(
         training_problems,

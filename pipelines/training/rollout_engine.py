@@ -17,7 +17,6 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +47,7 @@ LOG = "vllm.log"
 
 def sampling_engine(
     context: RunContext,
-    budget: OnPolicyBudget,
+    algorithm: str,
     lm: PreTrainedModel,
     encoder: TextEncoder,
     tokenizer: str,
@@ -59,8 +58,8 @@ def sampling_engine(
     """Return the configured engine.
 
     Args:
-        run: The run, for its parameters and its folder.
-        budget: The sampling settings of the algorithm.
+        context: The run, for its parameters and its folder.
+        algorithm: The name of the algorithm in params.yaml, whose budget has the sampling settings.
         lm: The model that samples.
         encoder: Its tokenizer.
         tokenizer: The folder of the tokenizer.
@@ -70,7 +69,8 @@ def sampling_engine(
 
     Raises ConfigError if vllm is configured, but neither a server nor an environment for one exists.
     """
-    bf16 = context.params.align.compute.bf16
+    bf16, budget = context.params.align.compute.bf16, context.params.budget(algorithm)
+    assert isinstance(budget, OnPolicyBudget)
     staleness = budget.rollouts.staleness
     require(
         Setup(
@@ -98,7 +98,7 @@ def sampling_engine(
     length = min(context_limit(text.to_dict()) or 2**31, max(longest, RANDOM_TOKENS + 1))
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"
     named, sleep, way = _named_servers(on_one_host(accelerator)), _sleep(lm), _transfer(lm)
-    share = partial(_memory_share, lm, context, sleep is not None, 1 + staleness if way == "ipc" else 0)
+    share = partial(_memory_share, lm, context, algorithm, sleep is not None, 1 + staleness if way == "ipc" else 0)
     made = VllmEngine(
         lm,
         encoder.ends,
@@ -214,10 +214,10 @@ def _sleep(lm: PreTrainedModel) -> Sleep | None:
     return Sleep(lambda: int(device.mem_get_info(lm.device)[0]), size // 2, device.empty_cache)
 
 
-def _memory_share(lm: PreTrainedModel, context: RunContext, sleeps: bool = False, snapshots: int = 0) -> float | None:
+def _memory_share(
+    lm: PreTrainedModel, context: RunContext, algorithm: str, sleeps: bool = False, snapshots: int = 0
+) -> float | None:
     """Return the share of the trainer's GPU that a server on the same one may use; None on a CPU.
-
-    Next to a server that sleeps during an update the trainer keeps only weights and the optimiser's state.
 
     Args:
         snapshots: copies of the trained weights on the GPU, from which the server takes them.
@@ -226,26 +226,10 @@ def _memory_share(lm: PreTrainedModel, context: RunContext, sleeps: bool = False
         return None
     import torch
 
-    from posttrain.planning import server_share, sizes, training
+    from pipelines.training.planned_memory import memory_next_to_server
+    from posttrain.planning import server_share
 
-    compute, parameters = context.params.align.compute, list(lm.parameters())
-    adapter = None
-    if not all(parameter.requires_grad for parameter in parameters):
-        adapter = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    memory = training(
-        sizes(lm.config),
-        compute.micro_batch_tokens,
-        frozen=int(adapter is None),
-        adapter=adapter,
-        bf16=compute.bf16,
-        recomputes=compute.gradient_checkpointing,
-        device=lm.device.type,
-    )
-    if sleeps:
-        memory = replace(memory, activations=0, cache=0, logits=0, temporary=0)
-    numbers = sum(parameter.numel() for parameter in parameters) if adapter is None else adapter
-    copied = snapshots * numbers * (2 if compute.bf16 and adapter is None else 4)
-    memory = replace(memory, weights=memory.weights + copied)
+    memory = memory_next_to_server(context.params, algorithm, lm.config, lm.device.type, snapshots, sleeps)
     return server_share(torch.get_device_module(lm.device).mem_get_info(lm.device)[1], memory)
 
 

@@ -150,9 +150,9 @@ def _report_once(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def load_config(source: str | Path) -> PreTrainedConfig:
-    """Load the configuration of a folder or hub id, without its weights."""
-    check_folder(source)
+def load_config(source: str | Path, weights: bool = True) -> PreTrainedConfig:
+    """Load the configuration of a folder or hub id, without its weights. `weights`: refuse a folder that has none."""
+    check_folder(source, weights)
     config: PreTrainedConfig = pretrained(AutoConfig, source)
     if not isinstance(config.get_text_config(), PreTrainedConfig):
         raise ModelError(

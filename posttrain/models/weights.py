@@ -32,6 +32,7 @@ from posttrain.models.ties import settle_ties
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 """How safetensors files name the number formats that need no scale."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 4
 _PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Settings of a configuration that change in which form a model returns its outputs, not their values."""
@@ -100,8 +101,21 @@ def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
         logging.set_verbosity(verbosity)
 
 
-def check_folder(source: str | Path) -> None:
-    """Raise ModelError unless `source` is a hub id or a folder with a configuration and whole safetensors files."""
+def _instead(folder: Path) -> str:
+    """Return the files of a folder without safetensors weights, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    found = f"(found {', '.join(names)})"
+    if any(Path(name).suffix in PICKLED for name in names):
+        return f"{found}; convert them, because pickled weights are not loaded (they can run code)"
+    return f"{found}, so there is nothing to train; copy the model's *.safetensors files there. `posttrain plan` needs only config.json"
+
+
+def check_folder(source: str | Path, weights: bool = True) -> None:
+    """Raise ModelError unless `source` is a hub id or a folder with a configuration and whole safetensors files.
+
+    Args:
+        weights: False if a folder without files of weights is enough, as for a plan.
+    """
     folder = Path(source)
     try:
         there = folder.is_dir() and any(folder.iterdir()) and (folder / "config.json").exists()
@@ -130,11 +144,10 @@ def check_folder(source: str | Path) -> None:
         raise ModelError(f"{source}: no config.json, so this is not a model folder{where}")
     _check_quantisation(folder)
     files = sorted(folder.glob("*.safetensors"))
+    if not files and not weights:
+        return
     if not files:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise ModelError(
-            f"{source}: no safetensors weights (found {found}); convert them, because pickled weights are not loaded (they can run code)"
-        )
+        raise ModelError(f"{source}: no safetensors weights {_instead(folder)}")
     if not any(path.name == "model.safetensors" for path in files) and not any(folder.glob("*.index.json")):
         _refuse_unread_files(folder, files)
     for path in files:

@@ -277,8 +277,12 @@ def test_model_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_policy(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"\(found config.json\), so there is nothing to train; copy the model's \*\.safe"
+    ):
+        load_policy(tmp_path)
     (tmp_path / "pytorch_model.bin").write_text("pickle")
-    with pytest.raises(ModelError, match=r"no safetensors weights \(found config.json, pytorch_model.bin\)"):
+    with pytest.raises(ModelError, match=r"no safetensors weights \(found config.json, pytorch_model.bin\); convert"):
         load_policy(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow"}')
     (tmp_path / "model.safetensors").write_bytes(b"")

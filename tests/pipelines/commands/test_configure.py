@@ -360,10 +360,10 @@ def test_a_judge_without_a_server_and_missing_packages_are_named_at_once(
     configure(tmp_path / "params.yaml", [str(changes)])
     found = problems(load_params(tmp_path / "params.yaml"))
     assert len(found) == 4
-    assert found[0].startswith("evaluation.benchmarks needs the package lm-eval; install it with")
-    assert "'.[benchmarks]'" in found[0]
-    assert found[1].startswith("rewards.graded: ")
-    assert "set POSTTRAIN_JUDGE_URL" in found[1]
+    assert found[0].startswith("rewards.graded: ")
+    assert "set POSTTRAIN_JUDGE_URL" in found[0]
+    assert found[1].startswith("evaluation.benchmarks needs the package lm-eval; install it with")
+    assert "'.[benchmarks]'" in found[1]
     assert found[2].startswith("algorithms.ppo.budget.optimizer.moment_bits = 8 needs the package torchao; install it")
     assert found[3].startswith("align.lora.base_bits = 4 needs the package bitsandbytes; install it")
 

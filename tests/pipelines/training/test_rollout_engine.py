@@ -225,10 +225,9 @@ def test_the_seeds_of_a_resumed_run_are_those_of_an_undisturbed_one(
 def engine(run: Run, params: Params) -> Any:
     encoder = TextEncoder(byte_tokenizer(64), 64)
     problems = [Problem("ab", (5, 6, 7), {}), Problem("c", (9,), {})]
-    budget: Any = params.budget("grpo")
     device = accelerator(run.context, params.align.compute, 0, Path("models/sft"))
     return sampling_engine(
-        run.context, budget, small.language_model(), encoder, "models/sft", problems, device, lambda: 0
+        run.context, "grpo", small.language_model(), encoder, "models/sft", problems, device, lambda: 0
     )
 
 
@@ -368,7 +367,8 @@ def test_a_server_is_started_as_the_environment_says(
 
 
 def test_the_native_engine_is_the_default(root: Path, new_run: Callable[..., Run], params: Params) -> None:
-    assert isinstance(engine(new_run(), parse_params(read_yaml(root / "params.yaml"))), NativeEngine)
+    plain = parse_params(read_yaml(root / "params.yaml"))
+    assert isinstance(engine(new_run(params=plain), plain), NativeEngine)
     tree = params.model_dump(exclude_unset=True)
     tree["align"]["on_policy"]["rollouts"] = {"engine": "vlm"}
     with pytest.raises(ConfigError, match=r"align.on_policy.rollouts.engine = 'vlm': .*'native' or 'vllm'"):
