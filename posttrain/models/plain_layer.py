@@ -30,6 +30,8 @@ from posttrain.models.head_rows import HeadLayout, attend, attend_backward, head
 from posttrain.models.last_layer import NarrowLayer
 from posttrain.models.plain_family import is_plain_layer, window_of
 
+TILE_TOKENS = 2048
+"""About the tokens for which the second half of a layer is computed at a time, so that its tensors stay in the processor's cache."""
 WEIGHTS = 14
 """Number of parameters of a layer, with those that it may lack."""
 Weights = tuple[Any, ...]
@@ -173,17 +175,25 @@ def _forward(states: Tensor, inputs: LayerInputs, weights: Weights, kept: list[T
     del normal, given
     mixed = attend(query, key, value, layout, kept).view(-1, shape.heads * shape.size)
     del query, key, value
-    middle = torch.addmm(states if reads is None else states.index_select(0, reads), mixed, out.t())
-    normal = _unit(middle, second_epsilon, kept)
-    given = torch.mul(normal, second, out=normal if kept is None else None)
-    opened, lifted = given @ gate.t(), given @ up.t()
-    passed = functional.silu(opened, inplace=kept is None)
-    if kept is not None:
-        kept += [mixed, opened, lifted, passed]
-    gated = torch.mul(passed, lifted, out=passed if kept is None else None)
-    if reads is None:
-        return middle.addmm_(gated, down.t())
-    return states.clone().index_copy_(0, reads, middle.addmm_(gated, down.t()))
+    own = states if reads is None else states.index_select(0, reads)
+    outputs = torch.empty_like(own)
+    for rows in _tiles(len(own)):
+        middle = torch.addmm(own[rows], mixed[rows], out.t(), out=outputs[rows])
+        normal = _unit(middle, second_epsilon, kept)
+        given = torch.mul(normal, second, out=normal if kept is None else None)
+        opened, lifted = given @ gate.t(), given @ up.t()
+        passed = functional.silu(opened, inplace=kept is None)
+        if kept is not None:
+            kept += [mixed[rows], opened, lifted, passed]
+        gated = torch.mul(passed, lifted, out=passed if kept is None else None)
+        middle.addmm_(gated, down.t())
+    return outputs if reads is None else states.clone().index_copy_(0, reads, outputs)
+
+
+def _tiles(tokens: int) -> list[slice]:
+    """Return equal parts of the tokens, each of about `TILE_TOKENS`."""
+    size = -(-tokens // max(1, round(tokens / TILE_TOKENS))) or 1
+    return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
 def _unit(states: Tensor, epsilon: float, kept: list[Tensor] | None) -> Tensor:
@@ -277,19 +287,32 @@ class _Backward:
         reads, tokens = self.inputs.reads, len(gradient)
         if reads is not None:
             gradient = gradient.index_select(0, reads)
-        of_middle = self._feed_forward(gradient, *kept[-6:-4], *kept[-3:])
-        of_states = self._attention(of_middle, tokens, kept[:-6], mixed=kept[-4])
+        of_middle, of_mixed = self._second_half(gradient, kept)
+        of_states = self._attention(of_middle, of_mixed, tokens, kept)
         if not self.needs_states:
             return None, self.found
         if reads is not None:
             of_states = of_states.index_add_(0, reads, of_middle)
         return of_states, self.found
 
+    def _second_half(self, gradient: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the states behind attention, and of its outputs with a row of zeros at the end."""
+        shape, tokens = self.inputs.shape, len(gradient)
+        of_middle, of_mixed = torch.empty_like(gradient), gradient.new_empty(tokens * shape.heads + 1, shape.size)
+        of_mixed[-1] = 0
+        flat = of_mixed[:-1].view(tokens, -1)
+        for rows in reversed(_tiles(tokens)):
+            passed, lifted, opened, mixed, scale, normal = (kept.pop() for _ in range(6))
+            own = self._feed_forward(gradient[rows], normal, scale, (opened, lifted, passed), of_middle[rows])
+            self._product(9, own, mixed)
+            torch.mm(own, self.weights[9], out=flat[rows])
+        return of_middle, of_mixed
+
     def _feed_forward(
-        self, gradient: Tensor, normal: Tensor, scale: Tensor, opened: Tensor, lifted: Tensor, passed: Tensor
+        self, gradient: Tensor, normal: Tensor, scale: Tensor, inner: tuple[Tensor, Tensor, Tensor], out: Tensor
     ) -> Tensor:
-        """Return the gradient of the states between attention and the feed-forward network."""
-        gate, up, down = self.weights[11:]
+        """Return in `out` the gradient of the states between attention and the feed-forward network."""
+        (opened, lifted, passed), (gate, up, down) = inner, self.weights[11:]
         self._product(13, gradient, passed * lifted)
         of_gated = gradient @ down
         of_lifted = of_gated * passed
@@ -298,17 +321,13 @@ class _Backward:
         self._product(11, of_opened, given)
         self._product(12, of_lifted, given)
         of_given = (of_opened @ gate).addmm_(of_lifted, up)
-        return torch.addcmul(gradient, self._unit(10, of_given, normal), scale)
+        return torch.addcmul(gradient, self._unit(10, of_given, normal), scale, out=out)
 
-    def _attention(self, gradient: Tensor, tokens: int, kept: list[Tensor], mixed: Tensor) -> Tensor:
+    def _attention(self, gradient: Tensor, of_mixed: Tensor, tokens: int, kept: list[Tensor]) -> Tensor:
         """Return the gradient of the layer's states. For a layer that computes only some tokens, it lacks that of the residual."""
         (normal, scale), shape, reads = kept[:2], self.inputs.shape, self.inputs.reads
         norms = [kept[2 * n : 2 * n + 2] if self.weights[6 + n] is not None else [] for n in (1, 2)]
-        self._product(9, gradient, mixed)
-        rows = gradient.new_empty(len(gradient) * shape.heads + 1, shape.size)
-        rows[-1] = 0
-        torch.mm(gradient, self.weights[9], out=rows[:-1].view(len(gradient), -1))
-        query, key, value = attend_backward(rows, tokens, self.inputs.layout, kept[2 + sum(map(len, norms)) :])
+        query, key, value = attend_backward(of_mixed, tokens, self.inputs.layout, kept[2 + sum(map(len, norms)) :])
         query = self._rotated(query.view(len(gradient), -1, shape.size), 0, norms[0])
         key = self._rotated(key.view(tokens, -1, shape.size), 1, norms[1])
         given = normal * self.weights[0]
@@ -337,13 +356,15 @@ class _Backward:
 
     def _product(self, number: int, gradient: Tensor, given: Tensor) -> None:
         if self.needs[number]:
-            self.found[number] = gradient.t() @ given
+            found = self.found[number]
+            self.found[number] = gradient.t() @ given if found is None else found.addmm_(gradient.t(), given)
 
     def _unit(self, number: int, gradient: Tensor, normal: Tensor) -> Tensor:
         """Return the gradient dy of weighted normal states n w as w dy - n mean(n w dy), in place; the factor of the norm is left out."""
         weight, size = self.weights[number], gradient.shape[-1]
         products = gradient * normal
         if self.needs[number]:
-            self.found[number] = products.flatten(0, -2).sum(0)
+            total, found = products.flatten(0, -2).sum(0), self.found[number]
+            self.found[number] = total if found is None else found.add_(total)
         mean = (products @ weight)[..., None]
         return gradient.mul_(weight).addcmul_(normal, mean, value=-1 / size)

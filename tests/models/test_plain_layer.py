@@ -79,8 +79,11 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("reads", ["predicting", "ending"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_states_and_gradients_are_those_of_transformers_in_float64(name: str, reads: str, joined: list[int]) -> None:
+@pytest.mark.parametrize(("name", "tile"), [*((name, 2048) for name in CONFIGS), ("qwen3", 10)])
+def test_states_and_gradients_are_those_of_transformers_in_float64(
+    name: str, tile: int, reads: str, joined: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_layer, "TILE_TOKENS", tile)
     model, batch = drawn_model(CONFIGS[name]), collate(ROWS)
     own, wide = copy.deepcopy(model), copy.deepcopy(model).double()
     assert prepare(model)
@@ -109,6 +112,13 @@ def test_weights_that_are_frozen_get_no_gradient_and_the_others_the_same(joined:
     with torch.no_grad():
         states = hidden_states(model, batch, True, reads)[reads.tokens]
     assert torch.equal(states.double(), every["states"])
+
+
+def test_tiles_cover_all_tokens_once() -> None:
+    for tokens in (0, 1, 3071, 3072, 11520):
+        tiles = plain_layer._tiles(tokens)
+        assert [i for tile in tiles for i in range(tokens)[tile]] == [*range(tokens)]
+        assert len(tiles) == {3072: 2, 11520: 6}.get(tokens, 1)
 
 
 def hooked(layer: Any) -> None:
