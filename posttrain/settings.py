@@ -88,6 +88,27 @@ def _processes(variable: str, work: str) -> int:
     return int(given)
 
 
+JOIN_SECONDS = "POSTTRAIN_VLLM_JOIN_SECONDS"
+
+
+def join_seconds() -> float:
+    """Return how long a trainer and the workers of a vLLM server wait for each other before the first broadcast of weights.
+
+    Raises:
+        ConfigError: the environment names no such time.
+    """
+    given = os.environ.get(JOIN_SECONDS) or "30"
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ConfigError(
+            f"{JOIN_SECONDS} = {given!r}: must be a number of seconds above 0, e.g. 30; correct it, or remove it"
+        )
+    return seconds
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Settings of AdamW, with a learning-rate schedule that counts optimiser steps.

@@ -5,6 +5,7 @@ POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start a ser
 POSTTRAIN_VLLM_ARGS      additional arguments for a started server
 POSTTRAIN_VLLM_DEVICES   CUDA_VISIBLE_DEVICES of a started server
 POSTTRAIN_VLLM_TRANSFER  how servers get the weights: folder (default), memory, stream:HOST:PORT, nccl, nccl:HOST:PORT, or ipc
+POSTTRAIN_VLLM_JOIN_SECONDS  longest wait of trainer and workers for each other before a first broadcast (30)
 POSTTRAIN_VLLM_FOLDER    folder for the weights of the server, e.g. on a RAM disk; default: the run's state
 POSTTRAIN_VLLM_SLEEP     1: a server on the trainer's GPU gives its memory back between samples
 POSTTRAIN_SAMPLER_DEVICES  CUDA_VISIBLE_DEVICES of the process that samples ahead (staleness) with the native engine

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import pytest
 import torch
 from torch.multiprocessing import reductions
 
-from posttrain.errors import RolloutError, ServerError
+from posttrain.errors import ConfigError, RolloutError, ServerError
 from posttrain.models.lora import Adapter
 from posttrain.models.plain import plain_state
 from posttrain.rollouts.vllm.broadcast import Sender
@@ -207,10 +207,10 @@ def test_a_worker_that_hangs_is_noticed_and_may_come_back(workers: Workers, monk
     published.take(0)
     workers.take(published, 0)
     hung = workers.call("pid")[1]
-    monkeypatch.setattr(gpu, "JOIN_SECONDS", 0.1)
     monkeypatch.setattr(gpu, "PAUSE_SECONDS", 0.1)
     sources, sender = published.sources(0), published.sender
     assert sender is not None
+    monkeypatch.setattr(sender, "seconds", 0.1)
     groups = workers.call("posttrain_groups")
     os.kill(hung, signal.SIGSTOP)
     try:
@@ -240,6 +240,80 @@ def test_a_worker_that_dies_is_noticed(workers: Workers) -> None:
         sender.send(URL, sources, lambda: groups, lambda announced: workers.call("posttrain_load", sources=announced))
     assert not sender.groups
     published.close()
+
+
+class Silent:
+    """A group whose first operation never ends, as NCCL's does without one of its processes."""
+
+    def __init__(self) -> None:
+        self.asked, self.goes_on, self.aborted = Event(), Event(), Event()
+
+    def broadcast(self, *_: Any) -> Silent:
+        self.asked.set()
+        self.goes_on.wait(60)
+        return self
+
+    def wait(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["hangs", "server ended"])
+def test_a_first_operation_that_never_ends_is_left(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = Silent()
+    monkeypatch.setattr(gpu, "_nccl", lambda *_: silent)
+    monkeypatch.setattr(Sender, "_group", lambda sender, *_: sender.groups[URL])
+    monkeypatch.setenv("POSTTRAIN_VLLM_JOIN_SECONDS", "30" if ended else "0.2")
+    sender = Sender("", torch.device("cpu"))
+    about = {"group": "g", "size": "2", "backend": "nccl", "host": "127.0.0.1", "seconds": str(sender.seconds)}
+    sender.groups[URL] = gpu.Group(sender.store, about, 0, torch.device("cpu"))
+    # the only worker has reported, and ends now
+    sender.groups[URL].store.set("1/lacks/1", "m")
+
+    def load(_: Any) -> list[Any]:
+        silent.asked.wait(60)
+        if ended:
+            raise ServerError("a worker has ended")
+        return [{"error": "TimeoutError: the trainer and the 1 workers have not connected"}] * (
+            not silent.goes_on.wait(1)
+        )
+
+    words = "a worker has ended" if ended else r"by gloo: .*1 workers have not connected within 0\.2 s.*JOIN_SECONDS"
+    monkeypatch.setattr(gpu, "PAUSE_SECONDS", 0.1)
+    with pytest.raises(ServerError, match=words):
+        sender.send(URL, [{"mark": "m"}], list, load)
+    assert not sender.groups
+    assert not silent.aborted.is_set()
+    silent.goes_on.set()
+    assert silent.aborted.wait(60)
+    sender.close()
+
+
+def test_a_worker_that_ends_before_the_first_broadcast_is_noticed_with_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = Event()
+    monkeypatch.setattr(gpu, "PAUSE_SECONDS", 1.0)
+    monkeypatch.setenv("POSTTRAIN_VLLM_JOIN_SECONDS", "0.2")
+    sender = Sender("", torch.device("cpu"))
+
+    def load(announced: list[dict[str, str]]) -> list[Any]:
+        sender.groups[URL].store.set(f"{announced[0]['load']}/lacks/1", "m")
+        over.wait(60)
+        return []
+
+    with pytest.raises(ServerError, match=r"have not connected within 0\.2 s"):
+        sender.send(URL, [{"mark": "m"}], lambda: [{"rank": 0, "groups": []}], load)
+    assert not sender.groups
+    over.set()
+    sender.close()
+
+
+@pytest.mark.parametrize("given", ["0", "soon", "-1", "nan", "inf"])
+def test_a_wrong_time_limit_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_VLLM_JOIN_SECONDS", given)
+    with pytest.raises(ConfigError, match=f"POSTTRAIN_VLLM_JOIN_SECONDS = '{given}'.*above 0"):
+        Sender("", torch.device("cpu"))
 
 
 def test_a_lost_worker_does_not_end_its_trainer_by_nccls_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:

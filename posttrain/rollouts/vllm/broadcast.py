@@ -28,6 +28,7 @@ from torch import Tensor, distributed
 from posttrain.errors import RolloutError, ServerError
 from posttrain.rollouts.vllm.packed import Packed
 from posttrain.rollouts.vllm.worker import posttrain_group as gpu
+from posttrain.settings import join_seconds
 
 LOOPBACK = "127.0.0.1:0"
 POLL_SECONDS = 0.002
@@ -51,11 +52,12 @@ class Sender:
 
         Raises:
             RolloutError: it is not one of this machine, or is in use.
+            ConfigError: the environment has a wrong time limit.
         """
         self.device, self.backend = device, "nccl" if device.type == "cuda" else "gloo"
         self.files: Mapping[str, Packed] = {}
         self.groups: dict[str, gpu.Group] = {}
-        self.loads = 0
+        self.loads, self.seconds = 0, join_seconds()
         self.host, _, port = (address or LOOPBACK).rpartition(":")
         try:
             # a store that opens its port by itself would listen on all addresses
@@ -68,7 +70,7 @@ class Sender:
                 " machine that the servers reach, or to nccl if they are on this machine"
             ) from error
         port = str(listener.getsockname()[1])
-        limit = timedelta(seconds=gpu.JOIN_SECONDS)
+        limit = timedelta(seconds=self.seconds)
         self.store: distributed.Store | None = distributed.TCPStore(
             self.host.strip("[]"),
             int(port),
@@ -123,18 +125,18 @@ class Sender:
     def _broadcast(self, group: gpu.Group, sources: Sequence[Mapping[str, str]], call: Call) -> None:
         load, check = sources[0]["load"], call.check
         lacking: set[str] = set()
-        deadline = time.monotonic() + 2 * gpu.JOIN_SECONDS
+        deadline = time.monotonic() + 2 * self.seconds
         for rank in range(1, group.size):
             key = f"{load}/lacks/{rank}"
             while not group.store.check([key]):
                 check()
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"worker {rank - 1} has not come within {2 * gpu.JOIN_SECONDS:g} s")
+                    raise TimeoutError(f"worker {rank - 1} has not come within {2 * self.seconds:g} s")
                 time.sleep(POLL_SECONDS)
             lacking |= set(group.store.get(key).decode().split())
         sent = [source["mark"] for source in sources if source["mark"] in lacking]
         group.store.set(f"{load}/sends", " ".join(sent))
-        group.connect()
+        group.connect(check)
         for mark in sent:
             for content in pieces(self.files[mark]):
                 group.broadcast(content.to(group.device), check)
@@ -156,6 +158,7 @@ class Sender:
             "path": self.address,
             "host": self.host.strip("[]"),
             "size": str(len(ranks) + 1),
+            "seconds": str(self.seconds),
             "backend": self.backend,
             "device": gpu.device_name(self.device),
         }

@@ -9,8 +9,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ from torch import Tensor, distributed
 
 PAUSE_SECONDS = 20.0
 """Longest time without a byte from the trainer, and of one bucket's broadcast."""
-JOIN_SECONDS = 30.0
-"""Longest wait for the other processes of a group."""
 POLL_SECONDS = 0.0005
 GIVEN_UP = "-"
 """Sent in place of the marks of weights."""
@@ -80,7 +79,7 @@ class Group:
 
     Args:
         store: through which the processes find each other.
-        about: name (`group`), `host`, `size` and `backend` of the group.
+        about: name (`group`), `host`, `size` and `backend` of the group, and the longest wait for the other processes in `seconds`.
         device: holds the tensors.
 
     Raises OSError if a process does not come, or is lost.
@@ -89,14 +88,14 @@ class Group:
     def __init__(self, store: distributed.Store, about: dict[str, str], rank: int, device: torch.device) -> None:
         self.store = distributed.PrefixStore(about["group"], store)
         self.about, self.rank, self.device = about, rank, torch.device("cpu") if about["backend"] == "gloo" else device
-        self.size = int(about["size"])
+        self.size, self.seconds = int(about["size"]), float(about["seconds"])
         self.processes: Any = None
 
     def agree(self, load: str, missing: list[str]) -> list[str]:
         """Report which files this worker lacks; return those that the trainer will broadcast."""
         try:
             self.store.set(f"{load}/lacks/{self.rank}", " ".join(missing))
-            self.store.wait([f"{load}/sends"], timedelta(seconds=JOIN_SECONDS))
+            self.store.wait([f"{load}/sends"], timedelta(seconds=self.seconds))
             sends = self.store.get(f"{load}/sends").decode().split()
         except RuntimeError as error:
             raise OSError(f"the trainer at {self.about['path']} does not send: {first_line(error)}") from error
@@ -105,23 +104,34 @@ class Group:
         self.connect()
         return sends
 
-    def connect(self) -> None:
-        """Create the process group, which waits for the other processes."""
+    def connect(self, check: Callable[[], None] = lambda: None) -> None:
+        """Create the process group, and wait until all processes have. `check` is called meanwhile, and raises to give up."""
         if self.processes is not None:
             return
+        joining = Joining(self)
+        deadline = time.monotonic() + self.seconds
         try:
-            make = _gloo if self.about["backend"] == "gloo" else _nccl
-            self.processes = make(self.store, self.rank, self.size, self.about["host"])
-        except RuntimeError as error:
-            raise OSError(f"the trainer and the workers do not find each other: {first_line(error)}") from error
+            while not joining.over.wait(POLL_SECONDS):
+                check()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"the trainer and the {self.size - 1} workers have not connected within {self.seconds:g} s: a worker has ended,"
+                        " or does not reach the others. Set POSTTRAIN_VLLM_JOIN_SECONDS for the trainer if they only need longer"
+                    )
+        except BaseException:
+            joining.give_up()
+            raise
+        if joining.error is not None:
+            raise OSError(
+                f"the trainer and the workers do not find each other: {first_line(joining.error)}"
+            ) from joining.error
+        self.processes = joining.processes
 
     def broadcast(self, content: Tensor, check: Callable[[], None] = lambda: None) -> None:
         """Send or receive bytes. `check` is called meanwhile, and raises to give up."""
-        options = distributed.BroadcastOptions()
-        options.rootRank = 0
         deadline = time.monotonic() + PAUSE_SECONDS
         try:
-            work = self.processes.broadcast([content], options)
+            work = self.processes.broadcast([content], _from_trainer())
             while not work.is_completed():
                 check()
                 if time.monotonic() > deadline:
@@ -149,6 +159,55 @@ class Group:
             self.processes = None
 
 
+class Joining:
+    """Creates the processes' group in a thread, and sends a byte through it.
+
+    NCCL connects in its first operation, inside a call without a time limit, which waits for ever if a process has ended. The thread is
+    left there then.
+
+    Attributes:
+        over: set when the thread has ended.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.over = group, Event()
+        self.processes: Any = None
+        self.error: Exception | None = None
+        self._lock, self._given_up = Lock(), False
+        Thread(target=self._run, daemon=True).start()
+
+    def give_up(self) -> None:
+        """Close the group, or let the thread close it when its call returns."""
+        with self._lock:
+            self._given_up = True
+            if self.over.is_set() and self.processes is not None:
+                self.processes.abort()
+
+    def _run(self) -> None:
+        about, device = self.group.about, self.group.device
+        make, processes = _gloo if about["backend"] == "gloo" else _nccl, None
+        try:
+            # the device that is current belongs to a thread
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                processes = make(self.group.store, self.group.rank, self.group.size, about["host"])
+                processes.broadcast([torch.zeros(1, dtype=torch.uint8, device=device)], _from_trainer()).wait()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        except Exception as error:
+            self.error = error
+        with self._lock:
+            self.processes = processes
+            self.over.set()
+            if self._given_up and processes is not None:
+                processes.abort()
+
+
+def _from_trainer() -> Any:
+    options = distributed.BroadcastOptions()
+    options.rootRank = 0
+    return options
+
+
 def joined(groups: dict[str, Group], source: dict[str, str], rank: int, device: torch.device) -> Group:
     """Return the group that a source names, in place of older ones.
 
@@ -165,11 +224,13 @@ def joined(groups: dict[str, Group], source: dict[str, str], rank: int, device: 
                 f"trainer and worker share {source['device']}, which NCCL refuses: set POSTTRAIN_VLLM_TRANSFER=ipc"
             )
         host, _, port = source["path"].rpartition(":")
-        limit = timedelta(seconds=JOIN_SECONDS)
+        seconds = float(source["seconds"])
         try:
             # the store would try again and again where nothing listens
-            socket.create_connection((host.strip("[]"), int(port)), JOIN_SECONDS).close()
-            store = distributed.TCPStore(host.strip("[]"), int(port), None, False, limit, wait_for_workers=False)
+            socket.create_connection((host.strip("[]"), int(port)), seconds).close()
+            store = distributed.TCPStore(
+                host.strip("[]"), int(port), None, False, timedelta(seconds=seconds), wait_for_workers=False
+            )
         except (OSError, RuntimeError) as error:
             raise OSError(f"cannot reach the trainer at {source['path']}: {first_line(error)}") from error
         groups[source["group"]] = Group(store, source, rank + 1, device)
