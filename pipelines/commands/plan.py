@@ -39,7 +39,7 @@ from pipelines.runtime.combinations import all_refusals
 from pipelines.runtime.command_line import command_parser, real, reports_errors
 from pipelines.runtime.launch import configuration, sharing_processes
 from pipelines.tracking.lockfile import read_lock
-from pipelines.training.planned_memory import models_held, saving, training_options
+from pipelines.training.planned_memory import models_held, published_bytes, saving, training_options
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import ConfigError
 
@@ -240,11 +240,14 @@ def _alignment(
     # A vLLM server has its cache on its own device.
     here = answers if native else 0
     held["bf16"] = native and compute.bf16
+    copies = published_bytes(params, name, model, given)
     sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, device_bytes=limit, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     tokens = budget.steps * rounds * answers * budget.max_new_tokens
+    sampled = replace(sampled, weights=sampled.weights + copies)
     yield Phase(stage, "sample", 0, tokens, sampled, saving(given))
     memory = training(model, compute.micro_batch_tokens, **held | given)
+    memory = replace(memory, weights=memory.weights + copies)
     yield Phase(stage, "train", steps, budget.steps * spec.epochs * answers * length, memory, saving(given))
 
 

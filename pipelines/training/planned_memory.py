@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.params import Params
-from pipelines.config.schema import LoraParams, OptimizerParams, TrainingComputeParams
+from pipelines.config.schema import LoraParams, OnPolicyBudget, OptimizerParams, TrainingComputeParams
 from pipelines.runtime.launch import configuration, processes, sharing_processes
 from posttrain.algorithms import OnPolicy
 
 if TYPE_CHECKING:
-    from posttrain.planning import Memory
+    from posttrain.planning import Memory, Sizes
 
 
 def training_options(
@@ -89,7 +90,36 @@ def memory_next_to_server(
     memory = training(model, compute.micro_batch_tokens, **(options | models_held(params, name)))
     if sleeps:
         memory = replace(memory, activations=0, cache=0, logits=0, temporary=0)
-    adapter = options["adapter"]
-    # an adapter travels in float32
-    copied = 4 * adapter if adapter is not None else (2 if compute.bf16 else 4) * model.parameters
-    return replace(memory, weights=memory.weights + snapshots * copied)
+    return replace(memory, weights=memory.weights + snapshots * _copy_bytes(model, options))
+
+
+def published_bytes(params: Params, name: str, model: Sizes, options: Mapping[str, Any]) -> int:
+    """Return the bytes on the trainer's device of the copies from which vLLM servers take its weights, as the environment has it.
+
+    One copy is being read, and one more waits for each step of staleness.
+
+    Args:
+        options: those of `training_options`.
+    """
+    budget, kind = params.budget(name), os.environ.get("POSTTRAIN_VLLM_TRANSFER", "").partition(":")[0]
+    if not isinstance(budget, OnPolicyBudget) or budget.rollouts.engine != "vllm":
+        return 0
+    in_main_memory = kind in ("memory", "stream")
+    if kind not in ("ipc", "nccl") and not (in_main_memory and options["device"] == "cpu"):
+        return 0
+    below = 0
+    if options["adapter"] is not None and not options["quantised"] and options["device"] == "cpu":
+        below = 4 * _numbers(model)
+    return (1 + budget.rollouts.staleness) * _copy_bytes(model, options) + below
+
+
+def _copy_bytes(model: Sizes, options: Mapping[str, Any]) -> int:
+    """Return the bytes of a copy of the trained weights for vLLM servers: of an adapter in float32 unless its base has 4 bits."""
+    if options["adapter"] is not None and not options["quantised"]:
+        return int(4 * options["adapter"])
+    return (2 if options["bf16"] else 4) * _numbers(model)
+
+
+def _numbers(model: Sizes) -> int:
+    """Return the numbers of all weights as servers get them: a tied head travels, too."""
+    return model.parameters + model.tied * model.vocabulary * model.hidden

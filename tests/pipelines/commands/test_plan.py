@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipelines.commands.plan import main, page, phases
 from pipelines.commands.server_share import server_lines
 from pipelines.config.params import Params, parse_params
 from pipelines.config.yaml_files import read_yaml
-from pipelines.training.planned_memory import memory_next_to_server
+from pipelines.training.planned_memory import memory_next_to_server, published_bytes
+from posttrain.models.lora import Adapter
 from posttrain.models.tiny import TinyShape, tiny_config
 from posttrain.planning import Sizes, sizes
+from posttrain.rollouts.vllm.published import Published
+from posttrain.settings import LoraSettings
+from tests.models import small
 
 GIB = 2**30
 
@@ -136,3 +142,58 @@ def test_a_plan_for_a_gpu_needs_no_gpu_no_weights_and_no_package(
     with pytest.raises(SystemExit):
         main(command)
     assert "--device cuda needs --memory GIB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("way", "device", "staleness", "bf16", "lora", "bytes_held"),
+    [
+        # 5,840 parameters, and the head of 640 that is tied to the embeddings travels, too
+        ("ipc", "cuda", 0, False, False, 4 * 6480),
+        ("nccl:10.0.0.1:5", "cuda", 2, True, False, 3 * 2 * 6480),
+        ("memory", "cpu", 1, True, False, 2 * 2 * 6480),
+        ("stream:127.0.0.1:0", "cuda", 1, False, False, 0),
+        ("folder", "cpu", 1, False, False, 0),
+        ("", "cuda", 0, False, False, 0),
+        # two layers of a rank-2 adapter, 16 to 16 numbers each: 128; on a CPU the weights below it are there once
+        ("ipc", "cuda", 1, True, True, 2 * 4 * 128),
+        ("memory", "cpu", 1, True, True, 2 * 4 * 128 + 4 * 6480),
+    ],
+)
+def test_copies_for_servers_are_on_the_trainers_device(
+    way: str, device: str, staleness: int, bf16: bool, lora: bool, bytes_held: int,
+    made: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("POSTTRAIN_VLLM_TRANSFER", way)
+    lm = small.tied_llama()
+    tree = made()
+    tree["algorithms"]["grpo"] |= {"budget": {"rollouts": {"staleness": staleness}}, "options": {"anchor": "rollout"}}
+    params, options = (
+        parse_params(tree),
+        {"adapter": 128 if lora else None, "quantised": 0, "bf16": bf16, "device": device},
+    )
+    assert published_bytes(params, "grpo", sizes(lm.config), options) == bytes_held
+    if not bytes_held:
+        return
+    if lora:
+        Adapter(lm, LoraSettings(2, 4.0, ("q_proj",)))
+    with closing(Published(lm, torch.bfloat16 if bf16 else torch.float32, "memory")) as published:
+        for version in range(1 + staleness):
+            published.take(version)
+        below = published.base.bytes if published.base and device == "cpu" else 0
+        assert sum(file.bytes for file in published.versions.values()) + below == bytes_held
+
+
+def test_the_plan_counts_the_copies_for_servers(
+    made: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(TinyShape())
+    params, model = parse_params(made()), sizes(config)
+
+    def held() -> dict[tuple[str, str], int]:
+        found = phases(params, model, device="cuda")
+        return {(phase.stage, phase.name): phase.memory.weights for phase in found if phase.stage == "align@grpo"}
+
+    before = held()
+    monkeypatch.setenv("POSTTRAIN_VLLM_TRANSFER", "ipc")
+    assert {key: value - before[key] for key, value in held().items()} == dict.fromkeys(before, 4 * model.parameters)
+    assert set(before) == {("align@grpo", "sample"), ("align@grpo", "train")}
