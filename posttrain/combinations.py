@@ -81,10 +81,7 @@ RULES = {
     ),
     "rows by an uneven number": Rule(
         lambda s: s.processes % s.context != 0,
-        lambda s: (
-            f"{CONTEXT_PARALLEL} = {s.context} must be a divisor of the {s.processes} processes that train together, since each group of"
-            " processes shares its rows; correct it, or remove it"
-        ),
+        lambda s: _uneven_rows(s),
     ),
     "FSDP version 1": Rule(
         lambda s: s.processes > 1 and s.fsdp == 1,
@@ -190,6 +187,19 @@ def require(setup: Setup) -> None:
     """Raise ConfigError with all refusals of the setup, one a line."""
     if found := refusals(setup):
         raise ConfigError("\n".join(found))
+
+
+def _uneven_rows(setup: Setup) -> str:
+    """Say how many processes can share each row."""
+    if setup.processes == 1:
+        return (
+            f"{CONTEXT_PARALLEL} = {setup.context}, and the stage runs as one process, which has whole rows; give a configuration of"
+            f" {setup.context} processes in POSTTRAIN_ACCELERATE, or remove the variable"
+        )
+    return (
+        f"{CONTEXT_PARALLEL} = {setup.context} must be a divisor of the {setup.processes} processes that train together, since each group"
+        " of processes shares its rows; correct it, or remove it"
+    )
 
 
 def _uneven_layers(setup: Setup) -> str:

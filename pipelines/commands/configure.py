@@ -210,8 +210,9 @@ def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return one line for each key that differs."""
-    keys = [*after, *(key for key in before if key not in after)]
+    """Return one line for each key that differs; a key without a value that gets a mapping is shown by the mapping's keys."""
+    mappings = {key.rpartition(".")[0] for key in after}
+    keys = [*after, *(key for key in before if key not in after and not (before[key] is None and key in mappings))]
     return [
         f"{key}: {_shown(before.get(key, _NOTHING))} -> {_shown(after.get(key, _NOTHING))}"
         for key in keys

@@ -20,6 +20,7 @@ from posttrain.errors import ConfigError, Interrupted
 from posttrain.settings import CONTEXT_PARALLEL, TENSOR_PARALLEL, layer_processes
 
 VARIABLE = "POSTTRAIN_ACCELERATE"
+INSTEAD = "Choose a file in infra/accelerate, or make one with `accelerate config`."
 
 
 def process() -> int:
@@ -44,10 +45,7 @@ def configuration(environ: Mapping[str, str] = os.environ) -> Path | None:
         return None
     path = Path(given).resolve()
     if not path.is_file():
-        raise ConfigError(
-            f"{VARIABLE} = {given!r}: no such file, so the processes cannot be started. Choose a file in"
-            " infra/accelerate, or make one with `accelerate config`."
-        )
+        raise ConfigError(f"{VARIABLE} = {given!r}: no such file, so the processes cannot be started. {INSTEAD}")
     return path
 
 
@@ -55,10 +53,15 @@ def processes(path: Path | None) -> int:
     """Return the number of processes that the configuration starts on this machine."""
     if path is None:
         return 1
-    tree = read_yaml(path)
+    try:
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(f"{VARIABLE} names no configuration of accelerate: {error} {INSTEAD}") from None
     found: Any = tree.get("num_processes") if isinstance(tree, dict) else None
     if not isinstance(found, int) or found < 1:
-        raise ConfigError(f"{path}: num_processes = {found!r}: must be a whole number of at least 1")
+        raise ConfigError(
+            f"{VARIABLE} names {path}, where num_processes = {found!r}: must be a whole number of at least 1. {INSTEAD}"
+        )
     return max(1, found // int(tree.get("num_machines") or 1))
 
 

@@ -41,6 +41,13 @@ def test_keys_change_alone_and_comments_stay(params: Path) -> None:
     ]
 
 
+def test_a_key_without_a_value_that_gets_a_mapping_is_shown_by_its_keys(params: Path) -> None:
+    assert configure(params, ["sft.lora={rank: 4, alpha: 8}"]) == [
+        "sft.lora.rank: (none) -> 4",
+        "sft.lora.alpha: (none) -> 8",
+    ]
+
+
 def test_nothing_changes_nothing(params: Path) -> None:
     before = params.read_bytes()
     assert configure(params, ["sft.batch_size=64"]) == []

@@ -75,6 +75,7 @@ def test_every_rule_has_a_row() -> None:
         ({"model": {"tiny": {"experts": 4}}}, "ddp_cpu", {"CONTEXT": "2"}, "reward", "a mixture of experts"),
         ({"model": {"tiny": {"kv_heads": 1}}}, "ddp_cpu", {"TENSOR": "2"}, "sft", "cannot be divided evenly"),
         ({}, None, {"TENSOR": "2"}, "sft", "runs as one process"),
+        ({}, None, {"CONTEXT": "2"}, "sft", "runs as one process, which has whole rows; give a configuration of 2"),
         ({}, "ddp_cpu", {"CONTEXT": "3"}, "align@grpo", "must be a divisor of the 2 processes"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.runtime.launch import check_device, check_hosts
+from pipelines.runtime.launch import check_device, check_hosts, configuration, processes
 from posttrain.errors import ConfigError
 
 TWO_HOSTS = (
@@ -31,6 +31,25 @@ def test_hosts_that_could_not_meet_are_refused(written: str, instead: str, messa
     path.write_text(TWO_HOSTS.replace(written, instead))
     with pytest.raises(ConfigError, match=message):
         check_hosts(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "= .*: no such file, so the processes cannot be started"),
+        ("# Title\n**words**", r"names no configuration of accelerate: .*not valid YAML, line 2"),
+        ("sft: {epochs: 2}", r"names .*, where num_processes = None: must be a whole number of at least 1"),
+        ("num_processes: two", "where num_processes = 'two'"),
+    ],
+)
+def test_a_file_that_is_no_configuration_names_the_variable(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(
+        ConfigError, match=f"^POSTTRAIN_ACCELERATE {message}.*Choose a file in infra/accelerate, or make one"
+    ):
+        processes(configuration({"POSTTRAIN_ACCELERATE": str(path)}))
 
 
 def test_one_host_takes_a_free_port(root: Path) -> None:
