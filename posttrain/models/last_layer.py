@@ -81,6 +81,11 @@ class NarrowLayer:
             handle.remove()
 
 
+def is_narrow(layer: nn.Module) -> bool:
+    """Return True if a layer computes only the tokens that are read when it is called with them."""
+    return any(isinstance(getattr(hook, "__self__", None), NarrowLayer) for hook in layer._forward_pre_hooks.values())
+
+
 def layers_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """Return the decoder layers of a model that is built like most are; empty otherwise."""
     return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -286,8 +286,8 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads:
     Args:
         packs: the result of `prepare` for this model.
     """
-    reach, group = getattr(model, REACH, None), active()
-    if packs and (reach is None or batch.rows.shape[1] <= reach):
+    group = active()
+    if computes_flat(model, batch, packs):
         return _packed(model, batch, reads) if group is None else _packed_slices(model, batch, group)
     if group is not None:
         raise ModelError(
@@ -295,6 +295,12 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads:
             " the variable, so that each process computes its own rows"
         )
     return _padded(model, batch)
+
+
+def computes_flat(model: PreTrainedModel, batch: TokenBatch, packs: bool) -> bool:
+    """Return True if a batch is computed flat: `packs`, the result of `prepare`, is True, and its longest row within the model's reach."""
+    reach = getattr(model, REACH, None)
+    return packs and (reach is None or batch.rows.shape[1] <= reach)
 
 
 def _packed_slices(model: PreTrainedModel, batch: TokenBatch, group: ContextGroup) -> Tensor:

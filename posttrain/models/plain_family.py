@@ -53,13 +53,14 @@ def is_plain_model(model: Any, adapted: bool = False) -> bool:
     Args:
         adapted: also take linear modules with a low-rank adapter, which must be called as modules.
     """
+    return is_plain_trunk(model) and all(is_plain_layer(layer, adapted) for layer in model.layers)
+
+
+def is_plain_trunk(model: Any) -> bool:
+    """Return True if the loop of a model over its layers, its embeddings and its last norm are plain; it does not look at the layers."""
     if not (_has_forward_of(model, MODELS) and is_rms_norm(model.norm) and type(model.embed_tokens) is nn.Embedding):
         return False
-    return (
-        _unchanged(model.embed_tokens)
-        and len(model.layers) > 0
-        and all(is_plain_layer(layer, adapted) for layer in model.layers)
-    )
+    return _unchanged(model.embed_tokens) and _unchanged(model.norm) and len(model.layers) > 0
 
 
 def is_plain_layer(layer: Any, adapted: bool = False) -> bool:

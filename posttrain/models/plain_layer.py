@@ -25,9 +25,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
+from posttrain.data.layout import Parts
 from posttrain.models.fused import rotate, rotate_back, scale_of_norm, with_forward
 from posttrain.models.head_rows import HeadLayout, attend, attend_backward, head_layout
-from posttrain.models.last_layer import NarrowLayer
+from posttrain.models.last_layer import is_narrow
 from posttrain.models.plain_family import is_plain_layer, window_of
 
 TILE_TOKENS = 2048
@@ -58,6 +59,8 @@ class LayerInputs(NamedTuple):
     reads: Tensor | None
     cos: Tensor
     sin: Tensor
+    returns_reads: bool = False
+    """If True, the layer returns only the tokens that are read, [read, hidden]."""
 
 
 def join_layers(model: nn.Module) -> int:
@@ -74,10 +77,12 @@ def join_layers(model: nn.Module) -> int:
 def _joined(kind: type[nn.Module]) -> type[nn.Module]:
     @wraps(kind.forward)
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not torch.compiler.is_compiling() and _takes(self, hidden_states):
-            inputs = _inputs(self, hidden_states, kwargs)
+        parts, angles = kwargs.get("parts"), kwargs.get("position_embeddings")
+        usual = not args and isinstance(parts, tuple) and angles is not None and kwargs.get("past_key_values") is None
+        if usual and not torch.compiler.is_compiling():
+            inputs = joined_inputs(self, hidden_states, parts, angles, _reads_of(self, kwargs))
             if inputs is not None:
-                return _computed(hidden_states, inputs, _weights(self))
+                return computed(hidden_states, inputs, self)
         own: Tensor = kind.forward(self, hidden_states, *args, **kwargs)
         return own
 
@@ -86,11 +91,18 @@ def _joined(kind: type[nn.Module]) -> type[nn.Module]:
     return made
 
 
-def _computed(states: Tensor, inputs: LayerInputs, weights: Weights) -> Tensor:
+def _reads_of(layer: Any, given: dict[str, Any]) -> Tensor | None:
+    """Return the tokens that a narrow layer computes; None for all."""
+    return given["reads"].tokens if given.get("reads") is not None and is_narrow(layer) else None
+
+
+def computed(states: Tensor, inputs: LayerInputs, layer: Any) -> Tensor:
+    """Return the states [1, tokens, hidden] after a layer; only the read ones if the inputs ask for that."""
+    weights = _weights(layer)
     if not torch.is_grad_enabled():
         return _forward(states[0], inputs, weights, None)[None]
-    computed: Tensor = _Layer.apply(states, inputs, *weights)
-    return computed
+    found: Tensor = _Layer.apply(states, inputs, *weights)
+    return found
 
 
 def _takes(layer: Any, states: Tensor) -> bool:
@@ -113,18 +125,23 @@ def _is_wide(tensor: Tensor | None) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
-def _inputs(layer: Any, states: Tensor, given: dict[str, Any]) -> LayerInputs | None:
-    """Return the inputs of a flat batch; None for other calls, such as those of padded rows and sampling."""
-    parts, pair = given.get("parts"), given.get("position_embeddings")
-    if not isinstance(parts, tuple) or pair is None or given.get("past_key_values") is not None:
+def joined_inputs(
+    layer: Any, states: Tensor, parts: Parts, angles: Pair, reads: Tensor | None = None
+) -> LayerInputs | None:
+    """Return the inputs of a layer for a flat batch; None if the layer is not a joined one or its numbers are of a different kind.
+
+    Args:
+        states: [1, tokens, hidden].
+        angles: cosines and sines, [1, tokens, size].
+        reads: the tokens that the layer computes; None for all.
+    """
+    if not (hasattr(type(layer), "joined") and _takes(layer, states)):
         return None
     attention = layer.self_attn
     size = attention.head_dim
-    cos, sin = pair
+    cos, sin = angles
     if cos.shape[-1] != size or cos.dtype != torch.float32 or len(cos) != 1:
         return None
-    narrow = any(isinstance(getattr(hook, "__self__", None), NarrowLayer) for hook in layer._forward_pre_hooks.values())
-    reads = given["reads"].tokens if narrow and given.get("reads") is not None else None
     heads, key_heads = (linear.out_features // size for linear in (attention.q_proj, attention.k_proj))
     layout = head_layout(parts, reads, states.shape[1], heads, key_heads, window_of(attention))
     if layout is None:
@@ -160,7 +177,7 @@ def _weights(layer: Any) -> Weights:
 
 
 def _forward(states: Tensor, inputs: LayerInputs, weights: Weights, kept: list[Tensor] | None) -> Tensor:
-    """Return the states [tokens, hidden] after the layer; those of tokens that are not read are unchanged.
+    """Return the states [tokens, hidden] after the layer; those of tokens that are not read are unchanged or left out.
 
     Args:
         kept: gets the tensors that the backward pass needs, unless None.
@@ -187,7 +204,9 @@ def _forward(states: Tensor, inputs: LayerInputs, weights: Weights, kept: list[T
             kept += [mixed[rows], opened, lifted, passed]
         gated = torch.mul(passed, lifted, out=passed if kept is None else None)
         middle.addmm_(gated, down.t())
-    return outputs if reads is None else states.clone().index_copy_(0, reads, outputs)
+    if reads is None or inputs.returns_reads:
+        return outputs
+    return states.clone().index_copy_(0, reads, outputs)
 
 
 def _tiles(tokens: int) -> list[slice]:
@@ -284,8 +303,8 @@ class _Backward:
 
     def __call__(self, gradient: Tensor, kept: list[Tensor]) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gradients of the states [tokens, hidden] and of the weights."""
-        reads, tokens = self.inputs.reads, len(gradient)
-        if reads is not None:
+        reads, tokens = self.inputs.reads, len(kept[0])
+        if reads is not None and not self.inputs.returns_reads:
             gradient = gradient.index_select(0, reads)
         of_middle, of_mixed = self._second_half(gradient, kept)
         of_states = self._attention(of_middle, of_mixed, tokens, kept)

@@ -25,9 +25,10 @@ from posttrain.models.context import ContextGroup, active, joined_slices, own_in
 from posttrain.models.deferred import is_deferred
 from posttrain.models.head_trial import choice
 from posttrain.models.logprobs import product_dtype, selected_logprobs
-from posttrain.models.packed import hidden_states, prepare
+from posttrain.models.packed import prepare
 from posttrain.models.routing import Replay, Routing, reading, routers_of
 from posttrain.models.shards import joined
+from posttrain.models.trunk import read_states
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,23 @@ class Policy(nn.Module):
             replayed: [rows, time, layers, experts per token] choices of experts that replace those of the first rows' response tokens.
         """
         replay = None if replayed is None else Replay(batch, replayed)
-        with reading(self.routers, replay) as routers:
-            hidden = hidden_states(self.lm, batch, self.packs, batch.predicting())
-        head: Any = self.lm.get_output_embeddings()
         trained, group = batch.trained, self._group(batch)
         if group is not None:
             trained = own_indices(trained, group)
         source, targets = (numbers.flatten().index_select(0, trained) for numbers in (batch.source, batch.targets))
+        # a shared value head reads the states of all rows, padding included
+        index = source if self.value_head is None else torch.cat([source, batch.source.flatten()])
+        with reading(self.routers, replay) as routers:
+            hidden = read_states(self.lm, batch, self.packs, batch.predicting(), index)
+        head: Any = self.lm.get_output_embeddings()
         if isinstance(temperature, Tensor):
             temperature = temperature.index_select(0, trained // batch.mask.shape[1])
         logprobs, entropy = selected_logprobs(
-            hidden.index_select(0, source), joined(head.weight), head.bias, targets, temperature
+            hidden if self.value_head is None else hidden[: len(source)],
+            joined(head.weight),
+            head.bias,
+            targets,
+            temperature,
         )
         if group is not None:
             logprobs, entropy = (joined_slices(each, group, len(batch.trained)) for each in (logprobs, entropy))
@@ -100,7 +107,8 @@ class Policy(nn.Module):
         if self.critic is not None:
             values = token_values(self.critic, batch, self.packs)
         elif self.value_head is not None:
-            values = _wide(self.value_head(hidden[batch.source].to(self.value_head.weight.dtype)).squeeze(-1))
+            own = hidden[len(source) :].unflatten(0, batch.source.shape)
+            values = _wide(self.value_head(own.to(self.value_head.weight.dtype)).squeeze(-1))
         return PolicyOutput(_scatter(logprobs, batch), _scatter(entropy, batch), values, routers.at(batch))
 
     def _group(self, batch: TokenBatch) -> ContextGroup | None:
@@ -122,8 +130,8 @@ def head_name(module: nn.Module, device: torch.device) -> str:
 
 def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:
     """Return the value [batch, time] before each response token, from a trunk with one scalar head."""
-    hidden = hidden_states(critic, batch, packs, batch.predicting())
-    return _wide(cast(nn.Module, critic.score)(hidden[batch.source]).squeeze(-1))
+    hidden = read_states(critic, batch, packs, batch.predicting(), batch.source)
+    return _wide(cast(nn.Module, critic.score)(hidden).squeeze(-1))
 
 
 class Scorer(nn.Module):
@@ -147,8 +155,8 @@ class Scorer(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Return the scores [batch], or [batch, heads] of an ensemble."""
-        hidden = hidden_states(self.model, batch, self.packs, batch.ending())
-        return _wide(cast(nn.Module, self.model.score)(hidden[batch.last]).squeeze(-1))
+        hidden = read_states(self.model, batch, self.packs, batch.ending(), batch.last)
+        return _wide(cast(nn.Module, self.model.score)(hidden).squeeze(-1))
 
     @property
     def heads(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ from transformers import (
 from posttrain.data.batches import TokenBatch, collate
 from posttrain.data.layout import Reads
 from posttrain.data.tokens import Tokens
-from posttrain.models import plain_layer
+from posttrain.models import plain_layer, trunk
 from posttrain.models.packed import hidden_states, prepare
 from posttrain.models.plain_family import is_plain_layer
+from posttrain.models.trunk import read_states
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -73,8 +75,8 @@ def found(model: PreTrainedModel, batch: TokenBatch, reads: Reads, packs: bool) 
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Get an entry for each layer that is computed as one function."""
     calls: list[int] = []
-    own = plain_layer._computed
-    monkeypatch.setattr(plain_layer, "_computed", lambda *given: (calls.append(1), own(*given))[1])
+    own = plain_layer._forward
+    monkeypatch.setattr(plain_layer, "_forward", lambda *given: (calls.append(1), own(*given))[1])
     return calls
 
 
@@ -96,6 +98,46 @@ def test_states_and_gradients_are_those_of_transformers_in_float64(
     for key, wanted in exact.items():
         rounding = (theirs[key] - wanted).norm()
         assert (ours[key] - wanted).norm() <= 3 * rounding + 1e-6 * wanted.norm(), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_read_states_are_those_of_the_whole_loop_in_any_order_and_more_than_once(name: str, joined: list[int]) -> None:
+    model, batch = drawn_model(CONFIGS[name]), collate(ROWS)
+    assert prepare(model)
+    reads = batch.predicting()
+    index = torch.stack([reads.tokens, reads.tokens.flip(0)])
+    gradient = torch.randn(*index.shape, 32, generator=torch.Generator().manual_seed(1))
+    results = []
+    for states in (hidden_states(model, batch, True, reads)[index], read_states(model, batch, True, reads, index)):
+        model.zero_grad()
+        states.backward(gradient)
+        results.append([states.detach(), *(p.grad for p in model.base_model.parameters())])
+    for own, found in zip(*results, strict=True):
+        assert found is not None
+        assert own is not None
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6 * float(own.abs().max()))
+    with torch.no_grad():
+        assert torch.equal(read_states(model, batch, True, reads, reads.tokens), results[1][0][0])
+
+
+def with_hook_on_the_norm(model: Any) -> None:
+    model.base_model.norm.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def wrapped(model: Any) -> None:
+    layer = model.base_model.layers[1]
+    layer.forward = partial(type(layer).forward, layer)
+
+
+@pytest.mark.parametrize("change", [with_hook_on_the_norm, wrapped])
+def test_a_changed_loop_is_computed_by_the_model(change: Any) -> None:
+    model, batch = drawn_model(CONFIGS["llama"]), collate(ROWS)
+    prepare(model)
+    change(model)
+    reads = batch.predicting()
+    assert trunk._plain_states(model, batch, reads) is None
+    wanted = hidden_states(model, batch, True, reads)[reads.tokens]
+    assert torch.equal(read_states(model, batch, True, reads, reads.tokens), wanted)
 
 
 def test_weights_that_are_frozen_get_no_gradient_and_the_others_the_same(joined: list[int]) -> None:
