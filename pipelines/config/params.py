@@ -197,6 +197,11 @@ class Params(Section):
             )
         if budget.rollouts.staleness and (reason := needs_correction(spec)):
             raise ConfigError(f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness}: {reason}")
+        if budget.rollouts.staleness >= max(2, budget.steps):
+            raise ConfigError(
+                f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness} with steps = {budget.steps}: all answers would come"
+                " from the weights of the start, as with a staleness of the steps less one; set a smaller one, such as 1"
+            )
         if budget.rollouts.staleness and budget.turns is not None:
             raise ConfigError(
                 f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness} and turns: an environment's step has a time limit,"

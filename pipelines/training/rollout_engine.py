@@ -13,6 +13,7 @@ POSTTRAIN_SAMPLER_DEVICES  CUDA_VISIBLE_DEVICES of the process that samples ahea
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = Path(".venv-vllm/bin/python")
 LOG = "vllm.log"
+SHARE = "--gpu-memory-utilization"
 
 
 def sampling_engine(
@@ -281,7 +283,7 @@ def _own_server(
         tokenizer=str(Path(tokenizer).resolve()),
         dtype="bfloat16" if bf16 else "float32",
         context=length,
-        arguments=shlex.split(os.environ.get("POSTTRAIN_VLLM_ARGS", "")),
+        arguments=_server_arguments(),
         environment=({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
         | ({"VLLM_BATCH_INVARIANT": "1"} if invariant else {}),
         memory_share=None if devices else share(),
@@ -289,6 +291,33 @@ def _own_server(
         fetches=fetches,
     )
     return LocalServer(launch, log)
+
+
+def _server_arguments() -> list[str]:
+    """Return the additional arguments of a server. Raises ConfigError for an open quotation mark, or a share of the memory above 1."""
+    given = os.environ.get("POSTTRAIN_VLLM_ARGS", "")
+    try:
+        arguments = shlex.split(given)
+    except ValueError as error:
+        raise ConfigError(
+            f"POSTTRAIN_VLLM_ARGS = {given!r} cannot be split into arguments: {error}; close the quotation mark"
+        ) from None
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument(SHARE)
+    share = parser.parse_known_args(arguments)[0].gpu_memory_utilization
+    if share is not None and not _is_share(share):
+        raise ConfigError(
+            f"POSTTRAIN_VLLM_ARGS: {SHARE} {share} is no share of the GPU's memory; write a number above 0 and at most 1, or remove it:"
+            " the share that training leaves is computed, and `posttrain plan --device cuda` prints it"
+        )
+    return arguments
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _interpreter() -> str:

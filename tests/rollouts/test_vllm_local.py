@@ -88,6 +88,10 @@ def test_a_server_that_cannot_start_is_quoted(tmp_path: Path) -> None:
     server = LocalServer(launch(python), tmp_path / "vllm.log")
     with pytest.raises(RolloutError, match=r"exited during its start(.|\n)*ValueError: no such architecture"):
         server.update(tmp_path)
+    # the log still has the lines of the start before
+    script(tmp_path / "python", "exit 3")
+    with pytest.raises(RolloutError, match=rf"start and wrote nothing, .*Try: {python} -m vllm\.entry"):
+        server.update(tmp_path)
 
 
 def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:

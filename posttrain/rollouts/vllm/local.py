@@ -97,7 +97,7 @@ class LocalServer(VllmServer):
         self.socket: Path | None = None
         self.launch, self.log = launch, log
         self._process: subprocess.Popen[bytes] | None = None
-        self._stop = Event()
+        self._stop, self._begin = Event(), 0
 
     def update(self, folder: Path) -> None:
         """Load weights as VllmServer does; if the server does not run, start it with them."""
@@ -137,6 +137,7 @@ class LocalServer(VllmServer):
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self._begin = log.tell()
             self._process = subprocess.Popen(
                 guarded_group(self.launch.command(folder, socket, empty), scratch=socket.parent),
                 stdin=subprocess.DEVNULL,
@@ -170,9 +171,7 @@ class LocalServer(VllmServer):
         deadline = time.monotonic() + self.launch.start_seconds
         while not self._stop.wait(POLL_SECONDS):
             if process.poll() is not None:
-                raise RolloutError(
-                    f"the vLLM server exited during its start; its log {self.log} ends with:\n{self._tail()}"
-                )
+                raise RolloutError(self._exited())
             try:
                 self.connect()
                 return
@@ -184,8 +183,19 @@ class LocalServer(VllmServer):
                     ) from error
         raise ServerError(f"{self.url} was closed while it started")
 
+    def _exited(self) -> str:
+        """Return the message of a server that ended during its start: the end of its log, or how to see the reason."""
+        if tail := self._tail():
+            return f"the vLLM server exited during its start; its log {self.log} ends with:\n{tail}"
+        return (
+            f"the vLLM server exited during its start and wrote nothing, so its interpreter may not have vLLM. Try:"
+            f" {self.launch.python} -m vllm.entrypoints.openai.api_server --help"
+        )
+
     def _tail(self, lines: int = 15) -> str:
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        """Return the last lines of this start's log."""
+        written = self.log.read_bytes()[self._begin :].decode(errors="replace")
+        return "\n".join(written.splitlines()[-lines:])
 
     def _end(self) -> None:
         if self._process is not None:

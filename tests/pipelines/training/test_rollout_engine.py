@@ -159,12 +159,13 @@ def test_a_stage_samples_ahead_in_a_process_and_resumes_to_the_same_numbers(
     [
         ({"anchor": "old"}, r"algorithms.grpo: rollouts.staleness = 2: .*nothing corrects for that.*anchor: rollout"),
         ({"anchor": "old", "mismatch": "truncate"}, ""),
+        ({"staleness": 3}, "algorithms.grpo: rollouts.staleness = 3 with steps = 3: .*of the start.*set a smaller one"),
     ],
 )
-def test_answers_of_older_weights_need_a_correction(params: Params, options: dict[str, str], message: str) -> None:
+def test_answers_of_older_weights_need_a_correction(params: Params, options: dict[str, Any], message: str) -> None:
     if message:
         with pytest.raises(ConfigError, match=message):
-            stale(params, 2, "native", **options)
+            stale(params, **({"staleness": 2, "engine": "native"} | options))
     else:
         budget: Any = stale(params, 2, "native", **options).budget("grpo")
         assert budget.rollouts.staleness == 2
