@@ -107,17 +107,20 @@ def published_bytes(params: Params, name: str, model: Sizes, options: Mapping[st
     in_main_memory = kind in ("memory", "stream")
     if kind not in ("ipc", "nccl") and not (in_main_memory and options["device"] == "cpu"):
         return 0
-    below = 0
-    if options["adapter"] is not None and not options["quantised"] and options["device"] == "cpu":
-        below = 4 * _numbers(model)
+    below = 4 * _numbers(model) if _adapter_travels(options) and options["device"] == "cpu" else 0
     return (1 + budget.rollouts.staleness) * _copy_bytes(model, options) + below
 
 
 def _copy_bytes(model: Sizes, options: Mapping[str, Any]) -> int:
-    """Return the bytes of a copy of the trained weights for vLLM servers: of an adapter in float32 unless its base has 4 bits."""
-    if options["adapter"] is not None and not options["quantised"]:
+    """Return the bytes of a copy of the trained weights for vLLM servers; an adapter travels in float32."""
+    if _adapter_travels(options):
         return int(4 * options["adapter"])
     return (2 if options["bf16"] else 4) * _numbers(model)
+
+
+def _adapter_travels(options: Mapping[str, Any]) -> bool:
+    """Return False if servers get whole weights: what is below an adapter in 4 bits, or split over processes, is joined with it."""
+    return options["adapter"] is not None and not options["quantised"] and options["processes"] == 1
 
 
 def _numbers(model: Sizes) -> int:

@@ -169,7 +169,7 @@ def test_copies_for_servers_are_on_the_trainers_device(
     tree["algorithms"]["grpo"] |= {"budget": {"rollouts": {"staleness": staleness}}, "options": {"anchor": "rollout"}}
     params, options = (
         parse_params(tree),
-        {"adapter": 128 if lora else None, "quantised": 0, "bf16": bf16, "device": device},
+        {"adapter": 128 if lora else None, "quantised": 0, "bf16": bf16, "device": device, "processes": 1},
     )
     assert published_bytes(params, "grpo", sizes(lm.config), options) == bytes_held
     if not bytes_held:
