@@ -27,8 +27,9 @@ from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors, whole
 from pipelines.runtime.launch import VARIABLE, processes
+from pipelines.runtime.meeting import Place, tell
 from pipelines.tracking.lockfile import read_lock
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.network import is_listening, wait_until
 from tasks.console import print_line
 from tasks.dag import read_dag
@@ -66,7 +67,12 @@ def run(root: Path, stage: str, rank: int, settings: dict[str, Any], restarts: i
     """Run this host's processes of the stage, again after a failure up to `restarts` times, and return the last exit status."""
     stopped = Event()
     while True:
-        status = _run_once(root, stage, rank, settings, stopped)
+        try:
+            status = _run_once(root, stage, rank, settings, stopped)
+        except PosttrainError as error:
+            if rank:  # nothing listens yet if rank 0 fails here
+                tell(_place(rank, settings), f"host {rank}: {error}")
+            raise
         if status == 0 or stopped.is_set() or restarts == 0:
             return status
         print_line(
@@ -76,6 +82,10 @@ def run(root: Path, stage: str, rank: int, settings: dict[str, Any], restarts: i
         restarts -= 1
         if rank:
             _wait_for_end(settings, stopped)
+
+
+def _place(rank: int, settings: dict[str, Any]) -> Place:
+    return Place(rank, settings["num_processes"], settings["main_process_ip"], settings["main_process_port"], False)
 
 
 def _wait_for_end(settings: dict[str, Any], stopped: Event) -> None:

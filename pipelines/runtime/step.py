@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from pipelines.config.params import Params, load_params
-from pipelines.runtime import environment, launch
+from pipelines.runtime import environment, launch, meeting
 from pipelines.runtime.consistency import InputSnapshot
 from pipelines.runtime.context import CHECKPOINTS, LOCK, RunContext
 from pipelines.runtime.follower import Follower
@@ -38,6 +38,7 @@ from pipelines.runtime.redaction import printable, redact
 from pipelines.runtime.run import Run
 from posttrain.errors import ConfigError, Interrupted, PosttrainError, TrackingError, memory_fault
 from posttrain.guard import end_with
+from posttrain.text import reason_of
 
 Body = Callable[[Run], None]
 """The function that does a step's work."""
@@ -104,8 +105,10 @@ def main(
         _prepare_and_execute(step, args)
     except PosttrainError as error:
         print(f"{_speaker()}error: {printable(redact(str(error)))}", file=sys.stderr)
+        meeting.report(printable(redact(str(error))))
         sys.exit(error.exit_code)
     except BaseException as error:
+        meeting.report(printable(redact(reason_of(error))))
         if not isinstance(error, Exception) and not environment.is_panic(error):
             raise
         _stop(step, error)

@@ -22,6 +22,7 @@ from pipelines.config.schema import (
 from pipelines.data.tables import read_rows
 from pipelines.runtime.context import FAULTS, RunContext
 from pipelines.runtime.machine import available_cores, peak_resident_mib
+from pipelines.runtime.meeting import meet
 from pipelines.runtime.outputs import RunOutputs
 from pipelines.runtime.run import Run
 from posttrain.combinations import Setup, require
@@ -164,6 +165,7 @@ def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: P
     world = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate does not connect the processes unless it is asked to use the CPU.
     on_cpu = world > 1 and not torch.accelerator.is_available()
+    meet(GROUP_SECONDS)
     patient = InitProcessGroupKwargs(timeout=timedelta(seconds=GROUP_SECONDS))
     made = Accelerator(cpu=on_cpu, mixed_precision="bf16" if compute.bf16 else "no", kwargs_handlers=[patient])
     if made.num_processes != world:

@@ -151,6 +151,19 @@ def test_hosts_with_other_parameters_are_refused(hosts: Hosts) -> None:
     assert "rank 1 has other parameters, inputs or arguments than rank 0" in hosts.logs()
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_host_that_fails_at_its_start_ends_the_other_with_its_reason(hosts: Hosts, failing: int) -> None:
+    (hosts.spaces[failing].folder / "data" / "valid" / "sft.parquet").unlink()
+    running = hosts.start(("pipelines.sft",))
+    try:
+        assert all(process.wait(100) != 0 for process in running)
+    finally:
+        kill(*running)
+    other = (hosts.folders[1 - failing] / "log.txt").read_text()
+    assert f"failed at its start, so this one cannot go on. process {failing} on " in other, other
+    assert "the input data/valid/sft.parquet does not exist" in other
+
+
 def after_checkpoint(space: Workspace, name: str, process: subprocess.Popen[str], hosts: Hosts) -> None:
     """Wait until the run has a checkpoint."""
     deadline = time.monotonic() + 300
