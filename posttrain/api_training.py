@@ -22,7 +22,7 @@ import torch
 
 from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired, choose
 from posttrain.algorithms.checks import check_spec
-from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers, uneven_minibatches
+from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers, too_stale, uneven_minibatches
 from posttrain.api import Model
 from posttrain.api_arguments import (
     DEFAULTS,
@@ -158,7 +158,12 @@ def train(
         if reason := uneven_minibatches(spec, int(batch_size)):
             raise ConfigError(f"train: batch_size = {batch_size}: {reason}")
         if staleness and (reason := needs_correction(spec)):
-            raise ConfigError(f"{spec.name}: staleness = {staleness}: {reason}")
+            raise ConfigError(
+                f"{spec.name}: staleness = {staleness}: {reason}: pass dataclasses.replace(SPEC, anchor='rollout') as the algorithm, where"
+                f" SPEC is posttrain.algorithms.PRESETS[{spec.name!r}]"
+            )
+        if reason := too_stale(int(staleness), int(steps)):
+            raise ConfigError(f"train: staleness = {staleness}: {reason}")
         if staleness and turns is not None:
             raise ConfigError("train: conversations (turns) are sampled by the training process; set staleness = 0")
     check_trainable(model.lm)

@@ -40,7 +40,7 @@ from pipelines.config.types import Name, Section
 from pipelines.config.yaml_files import read_yaml
 from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.algorithms.chord import scheduled
-from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
+from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers, too_stale
 from posttrain.data.teacher_prompts import require_template
 from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES
@@ -196,12 +196,11 @@ class Params(Section):
                 " reward. Give both in rewards, e.g. {rm: 1.0, answer: 0.0}, or remove it."
             )
         if budget.rollouts.staleness and (reason := needs_correction(spec)):
-            raise ConfigError(f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness}: {reason}")
-        if budget.rollouts.staleness >= max(2, budget.steps):
             raise ConfigError(
-                f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness} with steps = {budget.steps}: all answers would come"
-                " from the weights of the start, as with a staleness of the steps less one; set a smaller one, such as 1"
+                f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness}: {reason} in its options"
             )
+        if reason := too_stale(budget.rollouts.staleness, budget.steps):
+            raise ConfigError(f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness}: {reason}")
         if budget.rollouts.staleness and budget.turns is not None:
             raise ConfigError(
                 f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness} and turns: an environment's step has a time limit,"

@@ -53,9 +53,16 @@ def needs_correction(spec: OnPolicy) -> str:
     if spec.anchor == "rollout" or spec.mismatch != "none":
         return ""
     return (
-        "the answers are sampled by older weights, and nothing corrects for that, so the gradient would be biased. Set options.anchor:"
-        " rollout (ratios to the sampler's probabilities), or options.mismatch: truncate"
+        "the answers are sampled by older weights, and nothing corrects for that, so the gradient would be biased. Set anchor to 'rollout'"
+        " (ratios to the sampler's probabilities), or mismatch to 'truncate'"
     )
+
+
+def too_stale(staleness: int, steps: int) -> str:
+    """Return why answers of a run cannot be so many steps old; empty if they can."""
+    if staleness < max(2, steps):
+        return ""
+    return f"all answers of the {steps} steps would come from the weights of the start, as with {steps - 1}; set a smaller one, such as 1"
 
 
 def check_on_policy(spec: OnPolicy, given: set[str]) -> None:

@@ -162,8 +162,12 @@ def test_an_algorithm_must_correct_for_older_weights() -> None:
         "batch_size": 1,
         "reward": lambda p, c: [0.0] * len(c),
     }
-    with pytest.raises(ConfigError, match=r"grpo: staleness = 1: .*Set options.anchor: rollout"):
+    with pytest.raises(ConfigError, match=r"grpo: staleness = 1: .*pass dataclasses.replace\(SPEC, anchor='rollout'\)"):
         pt.train(model, "grpo", ["1+1="], staleness=1, **options)
+    with pytest.raises(
+        ConfigError, match=r"staleness = 9: all answers of the \d steps would come from the weights of the"
+    ):
+        pt.train(model, SPEC, ["1+1="], staleness=9, **options)
     with pytest.raises(ConfigError, match="staleness = -1; it must be a whole number of at least 0"):
         pt.train(model, SPEC, ["1+1="], staleness=-1, **options)
     with pytest.raises(ConfigError, match="staleness has no effect here: only on-policy algorithms"):

@@ -157,9 +157,15 @@ def test_a_stage_samples_ahead_in_a_process_and_resumes_to_the_same_numbers(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"anchor": "old"}, r"algorithms.grpo: rollouts.staleness = 2: .*nothing corrects for that.*anchor: rollout"),
+        (
+            {"anchor": "old"},
+            r"algorithms.grpo: rollouts.staleness = 2: .*nothing corrects for that.*Set anchor to 'rollout'",
+        ),
         ({"anchor": "old", "mismatch": "truncate"}, ""),
-        ({"staleness": 3}, "algorithms.grpo: rollouts.staleness = 3 with steps = 3: .*of the start.*set a smaller one"),
+        (
+            {"staleness": 3},
+            "algorithms.grpo: rollouts.staleness = 3: all answers of the 3 steps would come from .* start.*set a smaller one",
+        ),
     ],
 )
 def test_answers_of_older_weights_need_a_correction(params: Params, options: dict[str, Any], message: str) -> None:
