@@ -18,6 +18,7 @@ are refused with status 2.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from pipelines.report.makespan import Work, critical_path, expected_work, schedu
 from pipelines.runtime import environment
 from pipelines.runtime.combinations import all_refusals
 from pipelines.runtime.command_line import command_parser, real, reports_errors
-from pipelines.runtime.launch import configuration, sharing_processes
+from pipelines.runtime.launch import all_processes, configuration, sharing_processes
 from pipelines.tracking.lockfile import read_lock
 from pipelines.training.planned_memory import models_held, published_bytes, saving, training_options
 from posttrain.algorithms import OnPolicy
@@ -237,8 +238,9 @@ def _alignment(
         # the process that samples ahead holds a model, and main memory the snapshots for it
         own = 0 if os.environ.get("POSTTRAIN_SAMPLER_DEVICES") else 1
         held["frozen"] += 1 + staleness if given["device"] == "cpu" else own
-    # A vLLM server has its cache on its own device.
-    here = answers if native else 0
+    # A vLLM server has its cache on its own device; `sampling` divides the answers of processes that share weights.
+    mine = answers if given["processes"] > 1 else _share(budget.prompts_per_step) * samples
+    here = mine if native else 0
     held["bf16"] = native and compute.bf16
     copies = published_bytes(params, name, model, given)
     sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, device_bytes=limit, **held)
@@ -259,7 +261,7 @@ def _evaluation(params: Params, model: Sizes, count: int | None, limit: int | No
     evaluation = params.evaluation
     answers, new_tokens = _times(count, 1 + evaluation.samples_per_prompt), evaluation.max_new_tokens
     samples = max(1, evaluation.samples_per_prompt)  # the greedy answers are sampled before
-    at_once = MAX_ROWS if count is None else count * samples
+    at_once = MAX_ROWS if count is None else _share(count) * samples
     bf16, prompt = evaluation.compute.bf16, params.validation.max_prompt_tokens
     scored = int(any(params.rewards[source].function == "reward_model" for source in evaluation.rewards))
     memory = sampling(
@@ -276,6 +278,11 @@ def _evaluation(params: Params, model: Sizes, count: int | None, limit: int | No
     # it has whole models: neither adapters nor other processes help
     used = frozenset(("processes", "quantised", "adapter"))
     yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory, used)
+
+
+def _share(prompts: int) -> int:
+    """Return the most prompts of one process."""
+    return math.ceil(prompts / all_processes(configuration()))
 
 
 def _times(count: int | None, factor: int) -> int | None:

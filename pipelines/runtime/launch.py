@@ -65,11 +65,17 @@ def processes(path: Path | None) -> int:
     return max(1, found // int(tree.get("num_machines") or 1))
 
 
+def all_processes(path: Path | None) -> int:
+    """Return the number of processes on all hosts, among which the answers of a step are divided."""
+    tree: Any = {} if path is None else read_yaml(path)
+    return int(tree.get("num_processes") or 1) if isinstance(tree, dict) else 1
+
+
 def sharing_processes(path: Path | None) -> int:
     """Return the number of processes, on all hosts, among which the configuration splits weights; 1 if each holds all of them."""
     tree: Any = {} if path is None else read_yaml(path)
     splits = isinstance(tree, dict) and (tree.get("distributed_type") == "FSDP" or layer_processes() > 1)
-    return int(tree.get("num_processes") or 1) if splits else 1
+    return all_processes(path) if splits else 1
 
 
 def check_hosts(path: Path) -> None:

@@ -70,6 +70,25 @@ def test_processes_that_share_weights_leave_a_server_more(
     assert memory_next_to_server(params, "grpo", config, "cuda", sleeps=True).optimiser * 2 == whole.optimiser
 
 
+@pytest.mark.parametrize("kind", ["ddp_cpu", "fsdp2_cpu"])
+def test_processes_divide_the_answers_of_a_step(
+    kind: str, root: Path, made: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, model = parse_params(made("native")), sizes(tiny_config(TinyShape()))
+
+    def caches() -> list[int]:
+        return [
+            p.memory.cache
+            for p in phases(params, model)
+            if p.stage in ("align@grpo", "evaluate") and p.name == "sample"
+        ]
+
+    (step, evaluation) = caches()
+    monkeypatch.setenv("POSTTRAIN_ACCELERATE", str(root / f"infra/accelerate/{kind}.yaml"))
+    # 32 prompts of a step over two processes; 400 of an evaluation fill the sampler on each of them
+    assert caches() == [step // 2, evaluation]
+
+
 def lines(params: Params, limit: float, device: str = "cuda") -> list[tuple[str, bool]]:
     config = tiny_config(TinyShape())
     return [(line.text, line.fits) for line in server_lines(params, config, device, int(limit * GIB))]
