@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,19 @@ def joined_digest(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode()).hexdigest()
 
 
-def input_digests(stage: str, inputs: Iterable[str | Path]) -> dict[str, str]:
-    """Return the digest of each input, by its path as given. Raises DataError if an input is missing."""
-    digests = {}
-    for entry in inputs:
-        path = Path(entry)
-        if not path.exists():
+def require_inputs(stage: str, inputs: Iterable[str | Path], project: Path) -> None:
+    """Raise DataError if an input is missing."""
+    for path in map(Path, inputs):
+        if not (project / path).exists():
             raise DataError(
                 f"{stage}: the input {path} does not exist. Run `dvc repro`, which makes the inputs of a stage first."
             )
-        digests[path.as_posix()] = content_digest(path)
-    return digests
+
+
+def input_digests(stage: str, inputs: Sequence[str | Path]) -> dict[str, str]:
+    """Return the digest of each input, by its path as given. Raises DataError if an input is missing."""
+    require_inputs(stage, inputs, Path())
+    return {path.as_posix(): content_digest(path) for path in map(Path, inputs)}
 
 
 def run_key(name: str, values: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

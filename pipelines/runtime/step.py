@@ -29,7 +29,7 @@ from pipelines.runtime.context import CHECKPOINTS, LOCK, RunContext
 from pipelines.runtime.follower import Follower
 from pipelines.runtime.fork_server import run_in_fork_server
 from pipelines.runtime.garbage import collect_as_usual
-from pipelines.runtime.identity import SOURCES, code_digest, input_digests, run_key
+from pipelines.runtime.identity import SOURCES, code_digest, input_digests, require_inputs, run_key
 from pipelines.runtime.journal import FAILED, FINISHED, KILLED
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
 from pipelines.runtime.process import GRACE_SECONDS, STAGE, Lock, StopSignals, up_to_dvc
@@ -153,7 +153,7 @@ def _leave_group() -> None:
 def _become_launcher(step: Step) -> None:
     """Become the launcher of several processes if POSTTRAIN_ACCELERATE asks for it.
 
-    Settings that the processes cannot combine are refused before, once.
+    Missing inputs and settings that the processes cannot combine are refused before, once.
     """
     single_process = {"-h", "--help", "--replay"} & set(sys.argv[1:])
     if launch.launched() or not launch.asked() or single_process:
@@ -162,7 +162,7 @@ def _become_launcher(step: Step) -> None:
     assert spec is not None, "a step is run as a module"
     try:
         path = launch.configuration()
-        _check_combinations(step, path)
+        _check_before_launch(step, path)
         if path is None:
             return
         sys.exit(launch.launch(path, spec.name, sys.argv[1:]))
@@ -171,8 +171,8 @@ def _become_launcher(step: Step) -> None:
         sys.exit(error.exit_code)
 
 
-def _check_combinations(step: Step, path: Path | None) -> None:
-    """Raise ConfigError if the stage's settings cannot be combined over the processes."""
+def _check_before_launch(step: Step, path: Path | None) -> None:
+    """Raise ConfigError if the stage's settings cannot be combined over the processes, and DataError if an input is missing."""
     from pipelines.runtime.combinations import stage_refusals
 
     args = _parse(step)
@@ -180,6 +180,13 @@ def _check_combinations(step: Step, path: Path | None) -> None:
     params = load_params(args.params.resolve() if args.params else root / "params.yaml")
     if found := stage_refusals(root, params, step.stage, getattr(args, "algorithm", None), path):
         raise ConfigError("\n".join(found))
+    require_inputs(_name(step, args), step.inputs(args) if callable(step.inputs) else step.inputs, root)
+
+
+def _name(step: Step, args: argparse.Namespace) -> str:
+    """Return the name of the run: its stage, with its variant."""
+    variant = step.variant(args) if step.variant else None
+    return f"{step.stage}-{variant}" if variant else step.stage
 
 
 def _fail_with_traceback() -> NoReturn:
@@ -228,8 +235,7 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     path = args.params.resolve() if args.params else project / "params.yaml"
     os.chdir(project)
     args.params = path
-    variant = step.variant(args) if step.variant else None
-    name = f"{step.stage}-{variant}" if variant else step.stage
+    variant, name = step.variant(args) if step.variant else None, _name(step, args)
     params = load_params(path)
     declared = tuple(step.params(args) if callable(step.params) else step.params)
     entries = step.inputs(args) if callable(step.inputs) else step.inputs

@@ -91,10 +91,17 @@ def test_sft_over_two_processes_is_that_of_one(alone: Workspace, together: Toget
     agree(alone, together, "sft")
 
 
-def test_a_configuration_that_is_not_there_is_named(together: Together) -> None:
+def test_a_configuration_or_an_input_that_is_not_there_is_named(together: Together) -> None:
     done = together.run("pipelines.sft", POSTTRAIN_ACCELERATE="nowhere.yaml")
     assert done.returncode == 2
     assert done.stderr.startswith("error: POSTTRAIN_ACCELERATE = 'nowhere.yaml': no such file")
+    # a missing input is named once, before the processes start
+    (together.folder / "data" / "valid" / "sft.parquet").unlink()
+    done = together.run("pipelines.sft", **together.over("ddp_cpu"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: sft: the input data/valid/sft.parquet does not exist. Run `dvc repro`, which makes the inputs of a stage first.\n"
+    )
 
 
 @pytest.mark.slow
