@@ -59,8 +59,9 @@ from posttrain.rewards.signatures import call_signature, misfit
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.ahead import Ahead, Background
 from posttrain.rollouts.engine import Engine, SamplingSettings
-from posttrain.rollouts.groups import CONVERSATION, GroupSampler, GroupSettings, Problem
+from posttrain.rollouts.groups import GroupSampler, GroupSettings
 from posttrain.rollouts.native import NativeEngine
+from posttrain.rollouts.problems import CONVERSATION, Problem
 from posttrain.rollouts.process import ProcessEngine
 from posttrain.rollouts.turns import TurnEngine, Turns
 from posttrain.text import nearest

@@ -49,5 +49,5 @@ def follow(choices: Mapping[str, int]) -> None:
 
 
 def changes() -> int:
-    """Return how often choices were replaced. What was derived from them before is derived again."""
+    """Return how often choices were replaced. Values that were derived from them are derived again."""
     return _CHANGES[0]

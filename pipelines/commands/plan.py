@@ -40,7 +40,7 @@ from pipelines.runtime.combinations import all_refusals
 from pipelines.runtime.command_line import command_parser, real, reports_errors
 from pipelines.runtime.launch import all_processes, configuration, sharing_processes
 from pipelines.tracking.lockfile import read_lock
-from pipelines.training.planned_memory import models_held, published_bytes, saving, training_options
+from pipelines.training.planned_memory import models_held, published_bytes, saving, snapshots, training_options
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import ConfigError
 
@@ -237,7 +237,7 @@ def _alignment(
     if native and staleness:
         # the process that samples ahead holds a model, and main memory the snapshots for it
         own = 0 if os.environ.get("POSTTRAIN_SAMPLER_DEVICES") else 1
-        held["frozen"] += 1 + staleness if given["device"] == "cpu" else own
+        held["frozen"] += 1 + snapshots(budget.rollouts) if given["device"] == "cpu" else own
     # A vLLM server has its cache on its own device; `sampling` divides the answers of processes that share weights.
     mine = answers if given["processes"] > 1 else _share(budget.prompts_per_step) * samples
     here = mine if native else 0

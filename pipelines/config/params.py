@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
+from pipelines.config.ahead_check import check_ahead
 from pipelines.config.checkpoint_check import check_best_checkpoint
 from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
@@ -40,7 +41,7 @@ from pipelines.config.types import Name, Section
 from pipelines.config.yaml_files import read_yaml
 from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.algorithms.chord import scheduled
-from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers, too_stale
+from posttrain.algorithms.on_policy_checks import needs_several_answers
 from posttrain.data.teacher_prompts import require_template
 from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES
@@ -195,17 +196,7 @@ class Params(Section):
                 f"algorithms.{name}.budget.on_divergence: has no effect here; it compares a reward model that is trained on with a true"
                 " reward. Give both in rewards, e.g. {rm: 1.0, answer: 0.0}, or remove it."
             )
-        if budget.rollouts.staleness and (reason := needs_correction(spec)):
-            raise ConfigError(
-                f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness}: {reason} in its options"
-            )
-        if reason := too_stale(budget.rollouts.staleness, budget.steps):
-            raise ConfigError(f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness}: {reason}")
-        if budget.rollouts.staleness and budget.turns is not None:
-            raise ConfigError(
-                f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness} and turns: an environment's step has a time limit,"
-                " which holds only if the trainer waits for its answers; set staleness: 0"
-            )
+        check_ahead(name, spec, budget)
         if budget.turns != self.evaluation.turns:
             raise ConfigError(
                 f"algorithms.{name}: trains with turns = {budget.turns}, and evaluation.turns = {self.evaluation.turns}, so the model would"

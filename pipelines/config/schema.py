@@ -298,6 +298,9 @@ class RolloutParams(Section):
     staleness: Annotated[int, Field(ge=0)] = 0
     """Most steps between the weights that sample an answer and those that it trains. 0: the trainer waits for its answers. From 1, a
     second process or the servers sample the next steps' answers during the update; `anchor: rollout` or a `mismatch` corrects for it."""
+    interrupt: Annotated[int, Field(ge=0)] = 0
+    """With a staleness from 2: most tokens of an answer that one step's weights sample before the next step's go on with it. Those of the
+    last step before it trains sample all the rest. 0: the weights that begin an answer end it."""
 
 
 class TurnsParams(Section):

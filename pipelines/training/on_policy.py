@@ -101,7 +101,9 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         ),
         seed,
         device,
-        Ahead(engine, budget.rollouts.staleness, budget.steps) if isinstance(engine, Background) else None,
+        Ahead(engine, budget.rollouts.staleness, budget.steps, budget.rollouts.interrupt)
+        if isinstance(engine, Background)
+        else None,
     )
     updates = budget.steps * spec.epochs * spec.minibatches
     if budget.prompts_per_step > len(training_problems):

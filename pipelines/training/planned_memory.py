@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.params import Params
-from pipelines.config.schema import LoraParams, OnPolicyBudget, OptimizerParams, TrainingComputeParams
+from pipelines.config.schema import LoraParams, OnPolicyBudget, OptimizerParams, RolloutParams, TrainingComputeParams
 from pipelines.runtime.launch import configuration, processes, sharing_processes
 from posttrain.algorithms import OnPolicy
 
@@ -91,6 +91,14 @@ def memory_next_to_server(
     if sleeps:
         memory = replace(memory, activations=0, cache=0, logits=0, temporary=0)
     return replace(memory, weights=memory.weights + snapshots * _copy_bytes(model, options))
+
+
+def snapshots(rollouts: RolloutParams) -> int:
+    """Return how many snapshots of the weights a process that samples ahead needs, so that the trainer never waits for one.
+
+    If answers are interrupted, each step's weights go on with all answers that were begun, and begin others.
+    """
+    return rollouts.staleness * (2 if rollouts.interrupt else 1)
 
 
 def published_bytes(params: Params, name: str, model: Sizes, options: Mapping[str, Any]) -> int:

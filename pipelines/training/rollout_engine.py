@@ -86,11 +86,12 @@ def sampling_engine(
     if budget.rollouts.engine == "native":
         if not staleness:
             return NativeEngine(lm, encoder.ends, bf16=bf16)
+        from pipelines.training.planned_memory import snapshots
         from posttrain.rollouts.process import ProcessEngine
 
         visible = os.environ.get("POSTTRAIN_SAMPLER_DEVICES")
         environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-        return Background(ProcessEngine(lm, encoder.ends, staleness, bf16, environment))
+        return Background(ProcessEngine(lm, encoder.ends, snapshots(budget.rollouts), bf16, environment))
     from posttrain.rollouts.vllm import VllmEngine
     from posttrain.rollouts.vllm.probe import RANDOM_TOKENS, sequences
 

@@ -126,6 +126,7 @@ def _about(row: OnPolicyRow, answer: ScoredAnswer | None, encoder: TextEncoder) 
         "kind": "answer",
         "group": answer.group,
         "version": answer.version,
+        "versions": [version for version, tokens in answer.completion.parts for _ in range(tokens)] or None,
         "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
         "conversation": transcript(answer.completion.messages) or None,
         "finished": answer.completion.finished,
@@ -188,6 +189,7 @@ def _columns(answers: Sequence[ScoredAnswer]) -> list[str]:
             "id",
             "group",
             "version",
+            "versions",
             "seed",
             "prompt",
             "completion",
@@ -211,6 +213,7 @@ def _type(name: str) -> pa.DataType:
         return pa.float64()
     return {
         "loss_weights": pa.list_(pa.float64()), "routing": pa.list_(pa.int16()), "seed": pa.list_(pa.int64()),
+        "versions": pa.list_(pa.int64()),
         "group": pa.int64(), "version": pa.int64(), "finished": pa.bool_(), "trained": pa.bool_(),
     }.get(name, pa.string())  # fmt: skip
 

@@ -60,6 +60,7 @@ class Completion:
         finished: the answer ends with the end-of-sequence token, which is included.
         weights: of a conversation of several turns: 1 for sampled tokens, 0 for the environment's, whose log-probability is given as 0.
         messages: and its turns after the prompt.
+        parts: (version of the weights, tokens) one after another, if several weights may have sampled it.
     """
 
     tokens: tuple[int, ...]
@@ -67,6 +68,7 @@ class Completion:
     finished: bool
     weights: tuple[float, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def sampled(self) -> int:

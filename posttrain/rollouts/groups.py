@@ -13,7 +13,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,67 +23,14 @@ from tqdm import tqdm
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.distributed import gather_all, on_main_process, round_robin, row_share
-from posttrain.errors import CheckpointError, DataError, RewardError, RolloutError
+from posttrain.distributed import gather_all, round_robin, row_share
+from posttrain.errors import CheckpointError, RewardError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
 from posttrain.rewards.combination import combined, known
-from posttrain.rewards.sources import RewardBatch, RewardSource
-from posttrain.rollouts.ahead import Ahead, Round, restored
+from posttrain.rewards.sources import RewardSource
+from posttrain.rollouts.ahead import Ahead, Round, age, begun, continued, restored, unfinished
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A prompt to answer; `columns` are passed to the reward functions.
-
-    Attributes:
-        row: id of the row in its table, for messages.
-        teacher_ids: the prompt that a teacher reads before the student's answer; None: the student's own.
-    """
-
-    prompt: Any
-    ids: tuple[int, ...]
-    columns: dict[str, Any]
-    row: int | None = None
-    teacher_ids: tuple[int, ...] | None = None
-
-
-def request(problem: Problem, seeds: tuple[tuple[int, ...], ...]) -> Request:
-    """Return the request for one answer to a problem per seed."""
-    return Request(problem.ids, seeds, problem.prompt, problem.columns)
-
-
-def judged_text(encoder: TextEncoder, completion: Completion) -> str:
-    """Return the text that is judged: the answer, or the last turn of a conversation."""
-    return str(completion.messages[-1]["content"]) if completion.messages else encoder.text(completion.tokens)
-
-
-CONVERSATION = "conversation"
-"""Column in which a reward function finds the turns after the prompt, if there may be several."""
-
-
-def reward_batch(
-    problems: Sequence[Problem], texts: list[str], tokens: list[Tokens], completions: Sequence[Completion] = ()
-) -> RewardBatch:
-    """Return answers as reward sources read them: one problem, text and token sequence per answer."""
-    columns = {name: [problem.columns[name] for problem in problems] for name in problems[0].columns}
-    conversations = [[dict(message) for message in c.messages] for c in completions if c.messages]
-    if conversations:
-        if CONVERSATION in columns:
-            raise DataError(
-                f"the rows have a column {CONVERSATION!r}, by which rewards get the turns of an answer; rename the column of the rows"
-            )
-        columns[CONVERSATION] = conversations
-    rows = [problem.row for problem in problems]
-    ids = [] if None in rows else rows
-    return RewardBatch([p.prompt for p in problems], texts, tokens, columns, ids, conversations)
-
-
-def score_on_one_process(
-    accelerator: Accelerator, rewards: Sequence[RewardSource], answers: RewardBatch
-) -> dict[str, list[float | None]]:
-    """Score on one process for all: rewards with time-outs are not deterministic, so rank 0 scores and broadcasts."""
-    return on_main_process(accelerator, lambda: {reward.name: reward.score(answers) for reward in rewards})
+from posttrain.rollouts.problems import Problem, judged_text, request, reward_batch, score_on_one_process
 
 
 @dataclass(frozen=True)
@@ -190,8 +137,8 @@ class GroupSampler:
             if rounds >= spec.refill_limit and len(kept) < wanted:
                 self._at_limit(len(kept), wanted, rounds)
                 break
-        if self.ahead is not None:
-            self._begin_until(step + self.ahead.staleness + 1)
+        if self.ahead is not None and spec.filter == "refill":
+            self._begin_next(step)
         if not self.rewarded:
             self._unrewarded()
         if not kept:
@@ -210,6 +157,8 @@ class GroupSampler:
         if self.ahead is not None:
             steps = [step - versions[group[0].group] for group in kept[:wanted]]
             metrics |= {"staleness/mean": sum(steps) / len(steps), "staleness/max": float(max(steps))}
+            if self.ahead.interrupt:
+                metrics["staleness/tokens"] = age(step, [a.completion for group in kept[:wanted] for a in group])
         return [answer for group in kept[:wanted] for answer in group], metrics
 
     def _at_limit(self, found: int, wanted: int, rounds: int) -> None:
@@ -231,30 +180,79 @@ class GroupSampler:
         first = self.rounds.popleft()
         first.answers()
         if self.spec.filter != "refill":
-            self._begin_until(step + self.ahead.staleness + 1)
+            self._begin_next(step)
         return first
+
+    def _begin_next(self, step: int) -> None:
+        """With the present weights, go on with the answers of later steps, and begin those of a further one."""
+        assert self.ahead is not None
+        for number, later in enumerate(self.rounds):
+            # those of the next step must end now
+            if later.left and later.version < step:
+                self._go_on(later, later.left if number == 0 else min(self.ahead.interrupt, later.left))
+        self._begin_until(step + self.ahead.staleness + 1)
 
     def _begin_until(self, step: int) -> None:
         """Begin the first rounds of all steps before `step`."""
         assert self.ahead is not None
         while self.begun < min(step, self.ahead.steps):
-            self.rounds.append(self._begin(self.settings.prompts))
+            self.rounds.append(self._begin(self.settings.prompts, self.begun))
             self.begun += 1
 
-    def _begin(self, prompts: int) -> Round:
-        """Return a round of the next problems; with `ahead` it is sampled in the background with the present weights."""
+    def _begin(self, prompts: int, due: int = 0) -> Round:
+        """Return a round of the next problems; with `ahead` it is sampled in the background with the present weights.
+
+        Args:
+            due: the step of the answers; if there are other weights before it, they may be begun only.
+        """
         positions = list(range(self.position, self.position + prompts))
         self.position += prompts
-        requests = [
+        version, sampling = max(0, self.steps - 1), self.settings.sampling
+        if self.ahead is None:
+            requests = self._requests(positions)
+            return Round(positions, version, lambda: self._on_all_ranks(requests, self._sampled))
+        cut = self.ahead.interrupt if due - version > 1 else 0
+        made = self._round(positions, version, sampling.max_new_tokens - cut if cut else 0)
+        first = replace(sampling, max_new_tokens=cut) if cut else sampling
+        future = self.ahead.engine.submit(self._own_requests(positions), first)
+        made.own = (lambda: begun(future.result(), version)) if self.ahead.interrupt else future.result
+        return made
+
+    def _requests(self, positions: Sequence[int]) -> list[Request]:
+        return [
             request(self._problem(position), tuple((self.seed, position, j) for j in range(self.settings.samples)))
             for position in positions
         ]
-        version = max(0, self.steps - 1)
-        if self.ahead is None:
-            return Round(positions, version, lambda: self._on_all_ranks(requests, self._sampled))
-        share = round_robin(len(requests))(*row_share(self.accelerator))
-        future = self.ahead.engine.submit([requests[i] for i in share], self.settings.sampling)
-        return Round(positions, version, lambda: self._on_all_ranks(requests, lambda own: future.result()))
+
+    def _own_requests(self, positions: Sequence[int]) -> list[Request]:
+        requests = self._requests(positions)
+        return [requests[i] for i in round_robin(len(requests))(*row_share(self.accelerator))]
+
+    def _round(self, positions: list[int], version: int, left: int) -> Round:
+        """Return a round whose answers are gathered from those that each process has."""
+        requests = self._requests(positions)
+        made = Round(positions, version, list, left=left)
+        made.wait = lambda: self._on_all_ranks(requests, lambda own: made.own())
+        return made
+
+    def _go_on(self, later: Round, tokens: int) -> None:
+        """Sample up to so many further tokens of the round's unfinished answers with the present weights."""
+        assert self.ahead is not None
+        version, requests, before = self.steps - 1, self._own_requests(later.positions), later.own
+        future = self.ahead.engine.submit(
+            lambda: unfinished(requests, before()), replace(self.settings.sampling, max_new_tokens=tokens)
+        )
+        later.own = lambda: continued(before(), future.result(), version)
+        later.done, later.left = None, later.left - tokens
+
+    def _restored(self, state: Mapping[str, Any]) -> Round:
+        """Return the round of a checkpoint, with which any process can go on."""
+        found = restored(state)
+        every = found.answers()
+        made = self._round(found.positions, found.version, found.left)
+        own = round_robin(len(every))(*row_share(self.accelerator))
+        made.own, made.done = (lambda: [every[i] for i in own]), every
+        return made
 
     def _sampled(self, own: Sequence[Request]) -> list[list[Completion]]:
         return self.engine.sample(own, self.settings.sampling)
@@ -354,7 +352,7 @@ class GroupSampler:
         self.rewarded, self.steps = state["rewarded"], state["steps"]
         if self.ahead is not None:
             self.begun = state["begun"]
-            self.rounds = deque(restored(each) for each in state["rounds"])
+            self.rounds = deque(self._restored(each) for each in state["rounds"])
 
 
 def _id(problem: Problem) -> str:

@@ -72,13 +72,14 @@ def start(
     delays: tuple[float, float] = (0.0, 0.0),
     kill_at: int | None = None,
     earlier: Memory | None = None,
+    interrupt: int = 0,
     **options: Any,
 ) -> tuple[Policy, Copies, Watch]:
     """Train for STEPS steps, or on from the checkpoint in `folder`."""
     torch.manual_seed(0)
     policy = small.policy()
     engine = Copies(policy.lm, delays[0])
-    ahead = Ahead(Background(engine), staleness, STEPS) if staleness else None
+    ahead = Ahead(Background(engine), staleness, STEPS, interrupt) if staleness else None
     source, objective = source_of(spec, policy, ahead=ahead, **options)
     objective.staleness = staleness
     trainer: Trainer[Any] = Trainer(policy, OPTIMIZER, total_steps=STEPS, micro_batch_tokens=60)

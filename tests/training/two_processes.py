@@ -67,7 +67,18 @@ def ahead(accelerator: Accelerator) -> list[Any]:
     # as text: a missing reward is NaN, which equals nothing
     answers = [[(a.group, a.completion.tokens, str(a.reward)) for a in drawn.sample()[0]] for _ in range(2)]
     (waiting,) = settled(drawn.state_dict())["rounds"]
-    return [answers, waiting["positions"], waiting["version"], waiting["answers"]["tokens"].tolist()]
+    found = [answers, waiting["positions"], waiting["version"], waiting["answers"]["tokens"].tolist()]
+    cut = sampler(
+        PRESETS["grpo"], lm, prompts=5, accelerator=accelerator, ahead=Ahead(Background(Copies(lm)), 2, 5, interrupt=2)
+    )
+    parts = [[(a.completion.tokens, a.completion.parts) for a in cut.sample()[0]] for _ in range(2)]
+    again = sampler(
+        PRESETS["grpo"], lm, prompts=5, accelerator=accelerator, ahead=Ahead(Background(Copies(lm)), 2, 5, interrupt=2)
+    )
+    again.load_state_dict(settled(cut.state_dict()))
+    last = [[(a.completion.tokens, a.completion.parts) for a in each.sample()[0]] for each in (cut, again)]
+    assert last[0] == last[1]
+    return [*found, parts, last]
 
 
 def resumed(accelerator: Accelerator) -> dict[str, torch.Tensor]:
