@@ -104,6 +104,9 @@ LARGE = {
     "step-512x16-lora": Case("step", 512, 2, 8, rank=8),
     "step-512x16-checkpointing": Case("step", 512, 2, 8, recomputes=True),
     "sft": Case("sft", 64, 16, 1, 64),
+    "sft-checkpointing": Case("sft", 64, 16, 1, 64, recomputes=True),
+    "sft-lora": Case("sft", 64, 16, 1, 64, rank=8),
+    "ppo-64x16": Case("ppo", 64, 2, 8),
     "dpo": Case("dpo", 64, 8, 2, 64),
     "reward": Case("reward", 64, 8, 2, 64),
 }
@@ -111,14 +114,11 @@ SMALL = {
     **LARGE,
     "sample-512x24-own": Case("sample", 512, 24, 1),
     "step-512x128": Case("step", 512, 16, 8),
-    "sft-checkpointing": Case("sft", 64, 16, 1, 64, recomputes=True),
-    "sft-lora": Case("sft", 64, 16, 1, 64, rank=8),
-    "ppo-64x16": Case("ppo", 64, 2, 8),
 }
 CASES = LARGE | {f"{name}-small": replace(case, layers=6) for name, case in SMALL.items()}
 CASES |= {
     f"{name}-bf16": replace(CASES[name], bf16=True)
-    for name in ("sample-512x128", "step-64x16", *(f"{n}-small" for n in SMALL))
+    for name in ("sample-512x128", "step-64x16", "sft", *(f"{n}-small" for n in SMALL))
 }
 
 

@@ -29,8 +29,10 @@ from posttrain.data.layout import Reads
 from posttrain.models.context import active
 from posttrain.models.last_layer import is_narrow
 from posttrain.models.packed import computes_flat, hidden_states
+from posttrain.models.plain_backward import LayerInputs
 from posttrain.models.plain_family import is_plain_trunk
-from posttrain.models.plain_layer import LayerInputs, computed, joined_inputs
+from posttrain.models.plain_layer import computed, joined_inputs
+from posttrain.models.plain_weights import Weights
 
 
 def read_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads: Reads, index: Tensor) -> Tensor:
@@ -61,12 +63,15 @@ def _plain_states(model: PreTrainedModel, batch: TokenBatch, reads: Reads) -> Te
     states = trunk.embed_tokens(batch.input_ids[None])
     angles = trunk.rotary_emb(states, batch.positions[None])
     for layer in others:
-        inputs = joined_inputs(layer, states, batch.parts, angles)
-        if inputs is None:
+        joined = joined_inputs(layer, states, batch.parts, angles)
+        if joined is None:
             return None
-        states = _called(layer, states, inputs)
-    inputs = joined_inputs(last, states, reads.parts, angles, reads.tokens)
-    return None if inputs is None else trunk.norm(_called(last, states, inputs._replace(returns_reads=True)))[0]
+        states = _called(layer, states, *joined)
+    joined = joined_inputs(last, states, reads.parts, angles, reads.tokens)
+    if joined is None:
+        return None
+    inputs, weights = joined
+    return trunk.norm(_called(last, states, inputs._replace(returns_reads=True), weights))[0]
 
 
 def _takes(trunk: Any) -> bool:
@@ -77,9 +82,9 @@ def _takes(trunk: Any) -> bool:
     return is_narrow(layers[-1]) and all(layer._compiled_call_impl is None for layer in layers)
 
 
-def _called(layer: Any, states: Tensor, inputs: LayerInputs) -> Tensor:
+def _called(layer: Any, states: Tensor, inputs: LayerInputs, weights: Weights) -> Tensor:
     """Return the states after a layer, which the backward pass computes again if the layer is set to that."""
-    call = partial(computed, inputs=inputs, layer=layer)
+    call = partial(computed, inputs=inputs, weights=weights)
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         again: Tensor = layer._gradient_checkpointing_func(call, states)
         return again

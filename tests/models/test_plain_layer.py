@@ -22,7 +22,7 @@ from transformers import (
 from posttrain.data.batches import TokenBatch, collate
 from posttrain.data.layout import Reads
 from posttrain.data.tokens import Tokens
-from posttrain.models import plain_layer, trunk
+from posttrain.models import plain_backward, plain_layer, trunk
 from posttrain.models.packed import hidden_states, prepare
 from posttrain.models.plain_family import is_plain_layer
 from posttrain.models.trunk import read_states
@@ -85,7 +85,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_states_and_gradients_are_those_of_transformers_in_float64(
     name: str, tile: int, reads: str, joined: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain_layer, "TILE_TOKENS", tile)
+    monkeypatch.setattr(plain_backward, "TILE_TOKENS", tile)
     model, batch = drawn_model(CONFIGS[name]), collate(ROWS)
     own, wide = copy.deepcopy(model), copy.deepcopy(model).double()
     assert prepare(model)
@@ -158,7 +158,7 @@ def test_weights_that_are_frozen_get_no_gradient_and_the_others_the_same(joined:
 
 def test_tiles_cover_all_tokens_once() -> None:
     for tokens in (0, 1, 3071, 3072, 11520):
-        tiles = plain_layer._tiles(tokens)
+        tiles = plain_backward.tiles(tokens)
         assert [i for tile in tiles for i in range(tokens)[tile]] == [*range(tokens)]
         assert len(tiles) == {3072: 2, 11520: 6}.get(tokens, 1)
 
