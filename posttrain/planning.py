@@ -259,7 +259,7 @@ def training(
     tile = 0 if model.scores else min(tile_elements(device), own_tokens * model.vocabulary)
     whole = model.activations_per_token
     if device == "cpu" and not bf16:
-        whole = model.joined_per_token if model.joined and adapter is None else whole
+        whole = model.joined_per_token if model.joined and not quantised else whole
         whole = min(whole, model.fused_per_token) if model.fused else whole
     per_token = model.recomputed_per_token if recomputes else whole
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile

@@ -25,6 +25,9 @@ from posttrain.data.layout import Attended, Parts
 
 SHORT_KEYS, SHORT_HEADS = 96, 2
 """Most keys of a segment whose scores are kept, and most keys per number of a head, so that scores need little more than outputs."""
+SHARED, WIDE = 1.25, 256
+"""Gathered keys per key from which on only the keys themselves are kept for the backward pass, and the least width of such a layer:
+in a narrow one, whose products are fast, gathering them twice would take 4 % of an update."""
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -74,11 +77,20 @@ class PartRows:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """All parts of a layer's attention, and the row among their outputs of each read token and head, [read x heads]."""
+    """All parts of a layer's attention, and the row among their outputs of each read token and head, [read x heads].
+
+    Attributes:
+        shares: segments have many keys in common.
+    """
 
     parts: tuple[PartRows, ...]
     place: Tensor
     rows: int
+    shares: bool
+
+    def gathers_again(self, size: int) -> bool:
+        """Return True if the backward pass gathers keys and values, so that no segment keeps its copies, for heads of `size` numbers."""
+        return self.shares and self.parts[0].sizes[1] * size >= WIDE
 
 
 def head_layout(
@@ -122,7 +134,8 @@ def _laid_out(
         made.append(PartRows(sizes, of_queries, of_keys, _bias(part, window), rows))
         start = rows.stop
     place = place if reads is None else place.index_select(0, reads)
-    return HeadLayout(tuple(made), place.flatten(), start)
+    shares = sum(len(part.keys) for part in made) > SHARED * tokens * key_heads
+    return HeadLayout(tuple(made), place.flatten(), start, shares)
 
 
 def _bias(part: Attended, window: int | None) -> Tensor | None:
@@ -138,7 +151,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, kept: 
         key: [tokens x key heads, size], as `value`.
         kept: gets the tensors that `attend_backward` needs, unless None.
     """
-    outputs = query.new_empty(layout.rows, query.shape[1])
+    outputs, again = query.new_empty(layout.rows, query.shape[1]), layout.gathers_again(query.shape[1])
+    if kept is not None and again:
+        kept += [key, value]
     for part in layout.parts:
         queries = part.folded_queries(query.index_select(0, part.queries))
         keys, values = (part.folded_keys(states.index_select(0, part.keys)) for states in (key, value))
@@ -153,7 +168,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, kept: 
             part.queries_by_heads(own).copy_(found[0])
             saved = [*found]
         if kept is not None:
-            kept += [queries, keys, values, *saved]
+            kept += [queries, *saved] if again else [queries, keys, values, *saved]
     return outputs.index_select(0, layout.place)
 
 
@@ -180,17 +195,24 @@ def attend_backward(
     size, key_heads = gradient.shape[1], layout.parts[0].sizes[2]
     of_queries = gradient.new_empty(layout.rows, size)
     of_keys, of_values = (gradient.new_zeros(tokens * key_heads, size) for _ in range(2))
+    whole = [kept.pop(0) for _ in range(2)] if layout.gathers_again(size) else []
     for part in layout.parts:
+        queries = kept.pop(0)
+        known = [part.folded_keys(each.index_select(0, part.keys)) for each in whole]
+        keys, values = known or [kept.pop(0) for _ in range(2)]
         given = part.folded_queries(gradient.index_select(0, part.queries))
         own = part.folded_queries(of_queries[part.rows])
         back = _short_backward if part.is_short(size) else _long_backward
-        for total, found in zip((of_keys, of_values), back(part, given, own, kept), strict=True):
+        found_pair = back(part, given, own, (queries, keys, values), kept)
+        for total, found in zip((of_keys, of_values), found_pair, strict=True):
             total.index_add_(0, part.keys, found.reshape(-1, size))
     return of_queries.index_select(0, layout.place), of_keys, of_values
 
 
-def _short_backward(part: PartRows, given: Tensor, own: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-    queries, keys, values, weights = (kept.pop(0) for _ in range(4))
+def _short_backward(
+    part: PartRows, given: Tensor, own: Tensor, states: tuple[Tensor, Tensor, Tensor], kept: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    (queries, keys, values), weights = states, kept.pop(0)
     of_values = torch.bmm(weights.mT, given)
     of_scores = torch.bmm(given, values.mT)
     torch.ops.aten._softmax_backward_data.out(of_scores, weights, -1, weights.dtype, grad_input=of_scores)
@@ -198,8 +220,10 @@ def _short_backward(part: PartRows, given: Tensor, own: Tensor, kept: list[Tenso
     return torch.bmm(of_scores.mT, queries), of_values
 
 
-def _long_backward(part: PartRows, given: Tensor, own: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-    queries, keys, values, outputs, normaliser = (kept.pop(0) for _ in range(5))
+def _long_backward(
+    part: PartRows, given: Tensor, own: Tensor, states: tuple[Tensor, Tensor, Tensor], kept: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    (queries, keys, values), (outputs, normaliser) = states, (kept.pop(0) for _ in range(2))
     of_queries, of_keys, of_values = BACKWARD(
         *map(part.queries_by_heads, (given, queries)),
         *map(part.keys_by_heads, (keys, values)),

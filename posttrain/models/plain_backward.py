@@ -48,7 +48,7 @@ class LayerShape(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """What a layer computes: its shape, the layout of its attention, the tokens that are read, and cosines and sines [tokens, 1, size]."""
+    """A layer's shape, the layout of its attention, the tokens that are read, and cosines and sines [tokens, 1, size]."""
 
     shape: LayerShape
     layout: HeadLayout

@@ -113,7 +113,7 @@ def _is_wide(tensor: Tensor | None) -> bool:
 def joined_inputs(
     layer: Any, states: Tensor, parts: Parts, angles: tuple[Tensor, Tensor], reads: Tensor | None = None
 ) -> tuple[LayerInputs, Weights] | None:
-    """Return what `computed` needs for a layer of a flat batch; None if the layer or its numbers are of a different kind.
+    """Return the inputs of `computed` for a layer of a flat batch; None if the layer or its numbers are of a different kind.
 
     Args:
         states: [1, tokens, hidden].

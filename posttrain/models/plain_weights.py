@@ -90,6 +90,6 @@ def weights_of(layer: Any) -> tuple[Weights, tuple[float, ...]] | None:
 
 
 def adapted(outputs: Tensor, given: Tensor, weights: Weights, scalings: tuple[float, ...], place: int) -> Tensor:
-    """Add what the adapter of a linear module returns for `given` to the module's outputs, if it has one, and return them."""
+    """Return the outputs of a linear module plus those of its adapter for `given`, if it has one; `outputs` are overwritten."""
     a, b = weights[PLACES[place] : PLACES[place] + 2]
     return outputs if a is None else outputs.addmm_(torch.mm(given, a.t()), b.t(), alpha=scalings[place])

@@ -22,7 +22,7 @@ from transformers import (
 from posttrain.data.batches import TokenBatch, collate
 from posttrain.data.layout import Reads
 from posttrain.data.tokens import Tokens
-from posttrain.models import plain_backward, plain_layer, trunk
+from posttrain.models import head_rows, plain_backward, plain_layer, trunk
 from posttrain.models.packed import hidden_states, prepare
 from posttrain.models.plain_family import is_plain_layer
 from posttrain.models.trunk import read_states
@@ -154,6 +154,17 @@ def test_weights_that_are_frozen_get_no_gradient_and_the_others_the_same(joined:
     with torch.no_grad():
         states = hidden_states(model, batch, True, reads)[reads.tokens]
     assert torch.equal(states.double(), every["states"])
+
+
+def test_keys_that_are_gathered_again_are_those_that_were_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = drawn_model(CONFIGS["qwen3"])
+    results = []
+    for most in (0.0, 99.0):
+        monkeypatch.setattr(head_rows, "SHARED", most)
+        monkeypatch.setattr(head_rows, "WIDE", 0)
+        batch = collate(ROWS)
+        results.append(found(model, batch, batch.predicting(), packs=prepare(model)))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
 def test_tiles_cover_all_tokens_once() -> None:

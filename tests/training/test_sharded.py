@@ -79,7 +79,8 @@ def test_the_numbers_are_those_of_one_process(found: dict[str, Any]) -> None:
     close(first["weights"], alone["weights"], 1e-4)
     assert second["weights"] == {}  # gathered once, for the process that saves
     for split, whole in zip(first["adapter"], found["adapter"], strict=True):
-        close(split, whole, 1e-5)
+        # other functions compute the layers of split weights, and AdamW divides the smallest gradients by their own size
+        close(split, whole, 1e-4)
     assert any(not torch.equal(value, first["adapter"][1][name]) for name, value in first["adapter"][0].items())
 
 
