@@ -45,8 +45,9 @@ def test_bytes_by_hand() -> None:
     assert training(lean, 100, device="cuda").activations == 100 * 1632
     least = replace(lean, joined=True)
     assert training(least, 100).activations == 100 * SIZES.joined_per_token < 100 * 1376
-    # layers with an adapter keep their own code
-    assert training(least, 100, adapter=30).activations == 100 * 1376
+    assert training(least, 100, adapter=30).activations == training(least, 100).activations
+    # layers on a base of 4 bits keep their own code
+    assert training(least, 100, adapter=30, quantised=40).activations == 100 * 1376
     held = training(SIZES, 100, trained=2, frozen=1)
     assert (held.weights, held.optimiser) == (4 * 1000 * 3, 3 * 4 * 1000 * 2)
     assert (held.activations, held.logits) == (100 * 1632 * 2, 2 * 4 * 100 * 50)
