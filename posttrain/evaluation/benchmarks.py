@@ -22,18 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.data.batches import micro_batches
+from posttrain.data.batches import collate, micro_batches
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.data.transfer import to_host, together
+from posttrain.data.transfer import to_host
 from posttrain.errors import ConfigError
 from posttrain.evaluation.harness import require_package
 from posttrain.evaluation.statistics import Interval, Resampling, floats, mean_interval
-from posttrain.models.policy import Policy
+from posttrain.models.packed import hidden_states
+from posttrain.models.policy import Policy, scatter
 from posttrain.rollouts.engine import Engine, Request, SamplingSettings
 
 _NEW_TOKENS = 256
 """Length of an answer if the task names none, as in the harness."""
 _TOLERANCE = 1e-6
+_TILE = 2**26
+"""Most logits at a time: 268 MB, and no table of all tokens and words."""
 
 
 @dataclass(frozen=True)
@@ -252,25 +255,25 @@ def continuations(
     found = [(0.0, False)] * len(rows)
     device = next(policy.parameters()).device
     for group in micro_batches([[row] for row in rows], micro_batch_tokens) if rows else []:
-        width = max(len(rows[i].prompt) + len(rows[i].response) for i in group) - 1
-        ids = torch.zeros(len(group), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, i in enumerate(group):
-            read = torch.tensor((rows[i].prompt + rows[i].response)[:-1])
-            ids[place, : len(read)], mask[place, : len(read)] = read, 1
-        ids, mask, *asked = together([ids, mask, *(torch.tensor(rows[i].response) for i in group)], device)
+        batch = collate([rows[i] for i in group]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = policy.lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        scores: list[Tensor] = []
-        for place, (i, said) in enumerate(zip(group, asked, strict=True)):
-            start = len(rows[i].prompt) - 1
-            # [time, vocabulary]: the logits before each token of the continuation
-            before = logits[place, start : start + len(said)].float()
-            scores += [
-                before.log_softmax(-1).gather(1, said[:, None]).sum(),
-                (before.argmax(-1) == said).all(),
-            ]
-        values = [value.item() for value in to_host(scores)]  # one wait for all rows
-        for i, total, greedy in zip(group, values[::2], values[1::2], strict=True):
-            found[i] = (float(total), bool(greedy))
+            hidden = hidden_states(policy.lm, batch, policy.packs, batch.predicting())
+            source, targets = (one.flatten().index_select(0, batch.trained) for one in (batch.source, batch.targets))
+            scores = _token_scores(policy.lm.get_output_embeddings(), hidden.index_select(0, source), targets)
+        # [rows]: sums over each row's tokens, which travel together
+        sums = (scatter(each, batch).sum(1) for each in scores)
+        values, misses = (each.tolist() for each in to_host([*sums]))
+        for i, value, missed in zip(group, values, misses, strict=True):
+            found[i] = (value, missed == 0)
     return found
+
+
+def _token_scores(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's log-probability, and 1 if a different token is more probable, else 0; both [tokens]."""
+    logprobs, missed = [], []
+    step = max(1, _TILE // head.weight.shape[0])
+    for own, said in zip(hidden.split(step), targets.split(step), strict=True):
+        logits = head(own).float()
+        logprobs.append(logits.gather(1, said[:, None])[:, 0] - logits.logsumexp(-1))
+        missed.append((logits.argmax(-1) != said).float())
+    return torch.cat(logprobs), torch.cat(missed)

@@ -109,7 +109,7 @@ class Policy(nn.Module):
         elif self.value_head is not None:
             own = hidden[len(source) :].unflatten(0, batch.source.shape)
             values = _wide(self.value_head(own.to(self.value_head.weight.dtype)).squeeze(-1))
-        return PolicyOutput(_scatter(logprobs, batch), _scatter(entropy, batch), values, routers.at(batch))
+        return PolicyOutput(scatter(logprobs, batch), scatter(entropy, batch), values, routers.at(batch))
 
     def _group(self, batch: TokenBatch) -> ContextGroup | None:
         """Return the processes that share the head's work. Raises ConfigError for a mixture of experts, whose routers see one slice."""
@@ -180,6 +180,6 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _scatter(values: Tensor, batch: TokenBatch) -> Tensor:
+def scatter(values: Tensor, batch: TokenBatch) -> Tensor:
     """Return the values of the trained tokens as [batch, time], 0 elsewhere."""
     return values.new_zeros(batch.mask.numel()).index_copy_(0, batch.trained, values).view(batch.mask.shape)

@@ -12,6 +12,7 @@ import torch
 
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ConfigError
+from posttrain.evaluation import benchmarks
 from posttrain.evaluation.benchmarks import (
     BenchmarkScore,
     BenchmarkSettings,
@@ -86,10 +87,13 @@ def test_without_the_extra_it_says_what_to_type() -> None:
         require_package()
 
 
-def test_a_continuations_log_probability_is_the_sum_over_its_tokens() -> None:
+def test_a_continuations_log_probability_is_the_sum_over_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = small.language_model()
     policy = Policy(lm)
-    pairs = [([5, 6, 7], [8, 9]), ([5], [6]), ([9] * 70, [4, 4, 4])]
+    # the last three are answers to one question, which is computed once for them
+    question = [3 + i % 20 for i in range(20)]
+    pairs = [([5, 6, 7], [8, 9]), ([5], [6]), ([9] * 70, [4, 4, 4]), *((question, [7, i]) for i in (4, 5, 6))]
+    monkeypatch.setattr(benchmarks, "_TILE", 2 * lm.config.vocab_size)  # two tokens at a time
     found = continuations(policy, pairs, longest=64, micro_batch_tokens=80)
     for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
         whole = (context + continuation)[-65:]
