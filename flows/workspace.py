@@ -15,8 +15,15 @@ from pathlib import Path
 from threading import Thread
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.context import TagsContext
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
@@ -46,6 +53,9 @@ SILENCE_SECONDS = 300
 """Longer than a restart of the Prefect server or its database, which loses heartbeats."""
 SILENT = f"no heartbeat for {SILENCE_SECONDS} s"
 """The server's message for a run that it marks Crashed; see flows.deploy."""
+UNFINISHED = TaskRunFilter(
+    state=TaskRunFilterState(type=TaskRunFilterStateType(any_=sorted(set(StateType) - TERMINAL_STATES)))
+)
 
 
 @contextmanager
@@ -94,6 +104,7 @@ def end_dead_run(path: Path) -> FlowRun | None:
 
     A worker marks a flow that dies under it and notifies the webhook. If the worker dies as well, the run stays Running and keeps its
     place in the queue, or the server marks it for its silence. In these cases this function sends the notification.
+    In every case the run's tasks are still Running for Prefect, and end here.
     """
     identity = _identity(path)
     if not identity or identity == str(flow_run.get_id() or ""):
@@ -103,7 +114,10 @@ def end_dead_run(path: Path) -> FlowRun | None:
             run = client.read_flow_run(UUID(identity))
         except ObjectNotFound:
             return None
-        if run.state is None or run.state.is_paused() or (run.state.is_final() and run.state.message != SILENT):
+        if run.state is None or run.state.is_paused():
+            return None
+        _end_tasks(client, run.id)
+        if run.state.is_final() and run.state.message != SILENT:
             return None
         state = run.state
         if not state.is_final():
@@ -114,6 +128,14 @@ def end_dead_run(path: Path) -> FlowRun | None:
     path.unlink()
     notify_end(flow.name, run, state)
     return run
+
+
+def _end_tasks(client: SyncPrefectClient, identity: UUID) -> None:
+    """Mark the unfinished task runs of a killed flow run Crashed: Prefect leaves them Running when their flow run ends."""
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[identity]))
+    for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=UNFINISHED):
+        state: State[None] = Crashed(message="The process of its flow run is gone.")
+        client.set_task_run_state(task.id, state, force=True)
 
 
 def _identity(path: Path) -> str:

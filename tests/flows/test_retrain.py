@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
-from prefect import flow
+from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
-from prefect.states import Running
+from prefect.states import Completed, Crashed, Pending, Running
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.lock import WorkspaceBusy, only_flow
 from flows.run_dag import bring_all_up_to_date
-from flows.workspace import RUN, exclusive
+from flows.workspace import RUN, end_dead_run, exclusive
 from pipelines.commands.configure import configure
 from posttrain.errors import OrchestrationError
 from tasks.champion import KEPT
@@ -38,6 +38,11 @@ def identity(root: str, fail: bool = False) -> str:
         if fail:
             raise OrchestrationError("no")
         return str(flow_run.get_id())
+
+
+@task
+def at_work() -> None:
+    """Stand for a stage in Prefect's list of task runs."""
 
 
 @flow(persist_result=False)
@@ -86,13 +91,25 @@ def test_a_run_that_was_killed_is_marked_crashed_by_the_next_one(
     assert not path.exists()
     with get_client(sync_client=True) as client:
         killed = client.create_flow_run(identity, state=Running())
+        tasks = [
+            client.create_task_run(at_work, killed.id, dynamic_key=str(number), state=each)
+            for number, each in enumerate((Running(), Pending(), Completed()))
+        ]
         path.write_text(str(killed.id))
         identity(str(workspace))
+        states = [client.read_task_run(each.id).state_name for each in tasks]
+        assert states == ["Crashed", "Crashed", "Completed"]
         state = client.read_flow_run(killed.id).state
         assert state is not None
         assert state.is_crashed()
         assert state.message == "The process of this run is gone; the next run continues from its checkpoints."
         assert f"flow run {killed.name} was killed, and is now marked Crashed" in capsys.readouterr().out
+
+        by_worker = client.create_flow_run(identity, state=Crashed(message="Its process exited with status -9."))
+        left = client.create_task_run(at_work, by_worker.id, dynamic_key="0", state=Running())
+        path.write_text(str(by_worker.id))
+        end_dead_run(path)
+        assert client.read_task_run(left.id).state_name == "Crashed"
 
         path.write_text(ended)
         identity(str(workspace))
