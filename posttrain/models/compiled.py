@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,11 +26,20 @@ def compile_layers(model: PreTrainedModel) -> None:
     layers = layers_of(model)
     if not layers:
         raise ModelError(f"{type(model).__name__} has no decoder layers to compile; set compute.compile: false")
+    if torch.are_deterministic_algorithms_enabled():
+        _compile_without_clock()
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     for layer in layers:
         if layer is may_be_narrow(model):
             continue
         layer.forward = _compiled_for_flat_batches(layer.forward)
+
+
+def _compile_without_clock() -> None:
+    """Let the compiler time no candidates on the device where the choice changes numbers; its own switch for it is a different one."""
+    config: Any = import_module("torch._inductor.config")
+    if hasattr(config, "deterministic"):
+        config.deterministic = True
 
 
 def _compiled_for_flat_batches(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

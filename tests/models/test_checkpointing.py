@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_compiled_agrees_with_what_it_was_compiled_from(change: Any) -> None:
     assert compiled[0] == pytest.approx(plain[0], abs=1e-5)
     for parameter, value in plain[1].items():
         assert torch.allclose(value, compiled[1][parameter], atol=1e-5), parameter
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_in_deterministic_mode_the_compiler_times_nothing(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Any = import_module("torch._inductor.config")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    with config.patch(deterministic=False):
+        compile_layers(small.language_model())
+        found = config.deterministic
+    AttentionInterface.register(NAME, packed_attention)
+    assert found is deterministic
 
 
 def test_layouts_of_batches_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
