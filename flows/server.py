@@ -73,7 +73,12 @@ def require_home(root: Path) -> Path:
 
 
 def require_server(url: str) -> None:
-    """Raise OrchestrationError if no Prefect server responds at the URL."""
+    """Raise OrchestrationError if no Prefect server responds at the URL, or it is not the address of one."""
+    if not url.startswith(("http://", "https://")):
+        raise OrchestrationError(
+            f"PREFECT_API_URL = {redact(url)}: not an address of a Prefect server. Set it to http://HOST:PORT/api, or unset it to use a"
+            " private one."
+        )
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         # Prefect's own client handles authentication and certificates.
