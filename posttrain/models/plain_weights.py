@@ -51,8 +51,9 @@ def linear_of(module: Any) -> Linear | None:
     if module.merged or len(active) != 1 or active[0] in module.lora_variant:
         return None
     a, b = (half[active[0]] for half in (module.lora_A, module.lora_B))
-    drops = type(module.lora_dropout[active[0]]) is not nn.Identity
-    if drops or b.bias is not None or not all(type(half) is nn.Linear and not _is_hooked(half) for half in (a, b)):
+    drop = module.lora_dropout[active[0]]
+    changes = type(drop) is not nn.Identity or _is_hooked(drop)
+    if changes or b.bias is not None or not all(type(half) is nn.Linear and not _is_hooked(half) for half in (a, b)):
         return None
     return Linear(base.weight, base.bias, a.weight, b.weight, float(module.scaling[active[0]]))
 

@@ -111,6 +111,10 @@ def is_hooked(layer: Any) -> None:
     layer.mlp.down_proj.lora_B["default"].register_forward_hook(lambda module, args, output: 2 * output)
 
 
+def drops_by_a_hook(layer: Any) -> None:
+    layer.self_attn.v_proj.lora_dropout["default"].register_forward_hook(lambda module, args, output: 2 * output)
+
+
 def has_bias(layer: Any) -> None:
     layer.self_attn.k_proj.lora_B["default"].bias = nn.Parameter(torch.ones(16))
 
@@ -121,7 +125,7 @@ def layer_config() -> Any:
     return LoraConfig(r=2, lora_alpha=4)
 
 
-@pytest.mark.parametrize("change", [drops, has_two, is_merged, is_hooked, has_bias])
+@pytest.mark.parametrize("change", [drops, has_two, is_merged, is_hooked, drops_by_a_hook, has_bias])
 def test_other_adapters_keep_their_own_code(change: Callable[[Any], None], joined: list[int]) -> None:
     model, _ = adapted_model("llama", EVERY)
     batch = collate(ROWS)
