@@ -41,6 +41,10 @@ COMMANDS = {
     "posttrain configure algorithms.ppo.options.kl_coefficient=0.1": (f"{HERE}::{VALID}", ""),
     "posttrain configure 'project.seeds=[0, 1, 2, 3, 4]'": (f"{HERE}::{VALID}", ""),
     "posttrain plan": (f"{HERE}::{VALID}", ""),
+    "posttrain plan --device cuda --memory 80": (
+        "tests/pipelines/commands/test_plan.py::test_a_plan_for_a_gpu_needs_no_gpu_no_weights_and_no_package",
+        "",
+    ),
     "python examples/train_grpo.py": (
         "tests/test_library.py::test_train_grpo_lifts_the_reward_in_under_twenty_lines",
         "",
