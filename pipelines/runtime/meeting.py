@@ -81,12 +81,19 @@ def report(reason: str) -> None:
 def tell(place: Place, words: str) -> None:
     """Leave words for the processes that wait, which end with them; nothing if they cannot be reached.
 
-    The store ends with rank 0 or its launcher, so rank 0 stays until the others have heard, or for REPORT_SECONDS.
+    The store ends with rank 0 or its launcher, so rank 0 stays until the others have heard, also if a different process has failed.
     """
     with suppress(PosttrainError, RuntimeError, OSError):
         store = _store(place, time.monotonic() + REPORT_SECONDS)
+        store.set(f"{place.rank} heard", "")
         store.set(FAILED, words)
-        others = range(1, place.world if place.rank == 0 else 1)
+        _stay(store, place)
+
+
+def _stay(store: Store, place: Place) -> None:
+    """Wait on rank 0 until the others have heard, or for REPORT_SECONDS."""
+    others = range(1, place.world if place.rank == 0 else 1)
+    with suppress(RuntimeError):  # a launcher's store has ended
         wait_until(lambda: all(store.check([f"{rank} heard"]) for rank in others), lambda: True, REPORT_SECONDS)
 
 
@@ -104,6 +111,7 @@ def _missing(store: Store, place: Place, suffix: str) -> str:
     if store.check([FAILED]):
         words = store.get(FAILED).decode()
         store.set(f"{place.rank} heard", "")
+        _stay(store, place)
         raise OrchestrationError(f"{HEARD}, so this one cannot go on. {words}")
     ranks = [str(rank) for rank in range(place.world) if not store.check([f"{rank}{suffix}"])]
     return f"process {', '.join(ranks)} of {place.world}" if ranks else ""

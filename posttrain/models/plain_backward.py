@@ -2,6 +2,10 @@
 
 `posttrain.models.plain_layer` has the layer itself. Products of weights are added up over tiles of tokens; a frozen weight has none, and a
 low-rank adapter's two products replace that of its weight.
+
+Example:
+    >>> tiles(2 * TILE_TOKENS + 1)
+    [slice(0, 2049, None), slice(2049, 4098, None)]
 """
 
 from __future__ import annotations
