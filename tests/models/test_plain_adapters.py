@@ -17,7 +17,7 @@ from posttrain.models.packed import hidden_states, prepare
 from posttrain.models.plain_weights import LINEARS, PLACES, WEIGHTS, Linear, linear_of
 from posttrain.models.trunk import read_states
 from posttrain.settings import LoraSettings
-from tests.models.test_plain_layer import CONFIGS, ROWS, drawn_model, found
+from tests.models.test_plain_layer import CONFIGS, ROWS, assert_as_exact, drawn_model
 
 pytest.importorskip("peft")
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -59,22 +59,9 @@ def test_states_and_gradients_are_those_of_the_adapter_in_float64(
     name: str, places: tuple[str, ...], reads: str, joined: list[int]
 ) -> None:
     model, _ = adapted_model(name, places)
-    batch = collate(ROWS)
-    own, wide = copy.deepcopy(model), copy.deepcopy(model).double()
-    assert prepare(model)
-    joined.clear()
-    asked = getattr(batch, reads)()
-    ours = found(model, batch, asked, packs=True)
-    assert len(joined) == 2
-    exact, theirs = found(wide, batch, asked, packs=False), found(own, batch, asked, packs=False)
-    assert ours.keys() == exact.keys()
-    assert sum("lora" in key for key in ours) == 2 * 2 * len(places), (
-        "A and B of each module of two layers, and no frozen weight"
-    )
-    assert len(ours) == 1 + 4 * len(places)
-    for key, wanted in exact.items():
-        rounding = (theirs[key] - wanted).norm()
-        assert (ours[key] - wanted).norm() <= 3 * rounding + 1e-6 * wanted.norm(), key
+    ours = assert_as_exact(model, reads, joined)
+    assert sum("lora" in key for key in ours) == 2 * 2 * len(places), "A and B of each module of two layers"
+    assert len(ours) == 1 + 4 * len(places), "states, and no frozen weight"
 
 
 def test_without_its_adapter_a_layer_is_the_base_to_the_last_bit(joined: list[int]) -> None:

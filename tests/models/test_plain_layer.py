@@ -71,6 +71,22 @@ def found(model: PreTrainedModel, batch: TokenBatch, reads: Reads, packs: bool) 
     return {name: value.detach().double() for name, value in {**named, "states": states}.items()}
 
 
+def assert_as_exact(model: PreTrainedModel, asked: str, joined: list[int]) -> dict[str, torch.Tensor]:
+    """Require the states and gradients of the model in float64, to the rounding of its own code in float32. Return those found."""
+    batch, own, wide = collate(ROWS), copy.deepcopy(model), copy.deepcopy(model).double()
+    assert prepare(model)
+    joined.clear()
+    reads = getattr(batch, asked)()
+    ours = found(model, batch, reads, packs=True)
+    assert len(joined) == 2
+    exact, theirs = found(wide, batch, reads, packs=False), found(own, batch, reads, packs=False)
+    assert ours.keys() == exact.keys()
+    for key, wanted in exact.items():
+        rounding = (theirs[key] - wanted).norm()
+        assert (ours[key] - wanted).norm() <= 3 * rounding + 1e-6 * wanted.norm(), key
+    return ours
+
+
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Get an entry for each layer that is computed as one function."""
@@ -86,18 +102,7 @@ def test_states_and_gradients_are_those_of_transformers_in_float64(
     name: str, tile: int, reads: str, joined: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plain_backward, "TILE_TOKENS", tile)
-    model, batch = drawn_model(CONFIGS[name]), collate(ROWS)
-    own, wide = copy.deepcopy(model), copy.deepcopy(model).double()
-    assert prepare(model)
-    joined.clear()
-    asked = getattr(batch, reads)()
-    ours = found(model, batch, asked, packs=True)
-    assert len(joined) == 2
-    exact, theirs = found(wide, batch, asked, packs=False), found(own, batch, asked, packs=False)
-    assert ours.keys() == exact.keys()
-    for key, wanted in exact.items():
-        rounding = (theirs[key] - wanted).norm()
-        assert (ours[key] - wanted).norm() <= 3 * rounding + 1e-6 * wanted.norm(), key
+    assert_as_exact(drawn_model(CONFIGS[name]), reads, joined)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
