@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --write              # keep the numbers of this GPU in benchmarks/gpu/NAME.json
     python benchmarks/gpu.py --tiny               # the same code in seconds, also on a CPU
 
-Needs only torch (tried: 2.11, 2.13), transformers (5.17, 5.23), accelerate and safetensors. Prints tables; --out writes JSON after each
-case, so a run that is cut short keeps its numbers, and a part that fails leaves the others. Layers are recomputed if the plan does not fit
-the GPU otherwise.
+Needs only torch (tried: 2.11, 2.13), transformers (5.17, 5.23), accelerate and safetensors. Prints tables; --out and --write write JSON
+after each case, next to the numbers that the file has of the same device and PyTorch: a run that is cut short keeps its numbers, and
+several commands can share the parts. A part that fails leaves the others. Layers are recomputed if the plan does not fit the GPU otherwise.
 
 If numbers of this GPU are kept, each case is compared with them, and more than 5 % fewer tokens a second or more memory is an alarm; so is
 a peak that `posttrain plan` misses by more than 10 %, an attention kernel that the GPU refuses, a part that fails, numbers far from the
@@ -43,6 +43,7 @@ from benchmarks.gpu_head import head_alarms, head_table, heads
 from benchmarks.gpu_transfer import table, transfers
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
+from posttrain.files import write_atomic
 from posttrain.models.inference import token_logprobs
 from posttrain.models.kernels import set_kernels
 from posttrain.models.packed import REFUSED
@@ -88,10 +89,13 @@ def main() -> int:
     against = args.against or (kept if kept.exists() and not args.write else None)
     earlier = json.loads(against.read_text(encoding="utf-8")) if against else {}
 
+    written = [*([args.out] if args.out else []), *([kept] if args.write else [])]
+    found = joined(found, written)
+
     def save() -> None:
-        for path in [*([args.out] if args.out else []), *([kept] if args.write else [])]:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for path in written:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
 
     measure(found, device, names, shapes, args, save)
     print(tables(found))
@@ -99,6 +103,16 @@ def main() -> int:
     for line in raised:
         print(f"alarm: {line}")
     return 1 if raised else 0
+
+
+def joined(found: dict[str, Any], written: list[Path]) -> dict[str, Any]:
+    """Return the numbers that earlier commands have written on the same device with the same PyTorch, or `found`."""
+    for path in written:
+        if path.exists():
+            known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if all(known.get(name) == value for name, value in found.items()):
+                return known
+    return found
 
 
 def parsed() -> argparse.Namespace:
@@ -111,8 +125,10 @@ def parsed() -> argparse.Namespace:
         help=f"separated by commas, `{CURVES}` for deterministic mode, `{TRANSFERS}` for weights, `{HEAD}`; default: all",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of a case after the first")
-    parser.add_argument("--out", type=Path, help="write the numbers to this file")
-    parser.add_argument("--write", action="store_true", help="keep them in benchmarks/gpu")
+    parser.add_argument("--out", type=Path, help="write the numbers to this file, next to those of other parts")
+    parser.add_argument(
+        "--write", action="store_true", help="keep them in benchmarks/gpu, next to those of other parts"
+    )
     parser.add_argument("--against", type=Path, help="compare with the numbers in this file")
     return parser.parse_args()
 
@@ -126,8 +142,9 @@ def measure(
     save: Callable[[], None],
 ) -> None:
     """Add the numbers of all parts to `found`, and call `save` after each."""
-    found["agreement"] = attempted(lambda: agreement(device, SHAPES[shapes[0]], args.tiny))
-    found["cases"] = {}
+    if "error" in found.get("agreement", {"error": "none yet"}):
+        found["agreement"] = attempted(lambda: agreement(device, SHAPES[shapes[0]], args.tiny))
+    found.setdefault("cases", {})
     for shape in shapes:
         model = sizes(SHAPES[shape].config())
         for name in (name for name in names if name not in OTHERS):
@@ -138,7 +155,7 @@ def measure(
             save()
             gc.collect()
             if device.type == "cuda":
-                torch.cuda.empty_cache()
+                attempted(lambda: torch.cuda.empty_cache() or {})  # raises if a case has lost the device
     if HEAD in names:
         found["head"] = heads(device, args.tiny, args.repeats, attempted)
         save()

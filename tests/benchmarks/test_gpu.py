@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import alarms, attempted
+from benchmarks.gpu import alarms, attempted, joined
 from benchmarks.gpu_cases import BUDGET, CASES, GIB, SHAPES, Case, flop, groups_of, laid_out, must_recompute, predicted
 from benchmarks.gpu_head import head_alarms, head_table
 from posttrain.models.packed import REFUSED
@@ -128,6 +128,16 @@ def test_alarms_of_the_head_are_a_refused_kernel_other_gradients_and_more_time()
     ]
     assert len(head_table({"chosen": refused, "Liger": {"error": "old"}})) == 5
     assert head_alarms({"chosen": {"error": "no memory"}}, kept) == ["head by chosen: no memory"]
+
+
+def test_commands_on_one_device_share_a_file(tmp_path: Path) -> None:
+    own, path = {"device": "a GPU", "torch": "2.13"}, tmp_path / "numbers.json"
+    assert joined(own, [path]) is own
+    known = {**own, "cases": {"0.6B/sft-2k": {"tokens_per_second": 9.0}}}
+    path.write_text(json.dumps(known))
+    assert joined(own, [path]) == known
+    other = {**own, "torch": "2.14"}
+    assert joined(other, [path]) is other
 
 
 def test_a_part_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def found(model: PreTrainedModel, batch: TokenBatch, reads: Reads, packs: bool) 
 
 
 def assert_as_exact(model: PreTrainedModel, asked: str, joined: list[int]) -> dict[str, torch.Tensor]:
-    """Require the states and gradients of the model in float64, to the rounding of its own code in float32. Return those found."""
+    """Require the states and gradients of the model in float64, to the rounding of transformers' code in float32. Return those found."""
     batch, own, wide = collate(ROWS), copy.deepcopy(model), copy.deepcopy(model).double()
     assert prepare(model)
     joined.clear()
